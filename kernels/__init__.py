@@ -1,0 +1,1 @@
+"""Copy kernels; knows pointers, strides and streams, and nothing of hashes."""

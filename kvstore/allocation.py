@@ -1,0 +1,143 @@
+"""Room for a block: a free slot, a free slab, a colder namespace's slab, or a victim, in that order.
+
+Room is made when it is needed and only as much as is needed, so a tier runs full. Slabs follow demand: a
+shard without room takes one from the namespace whose blocks have gone longest without being asked for, if
+that is clearly longer than its own, and otherwise evicts its own coldest block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from forebay.kvstore.groups import Effects, Group, Shard, SlabOpened, SlabRetired
+from forebay.kvstore.slabs import FREE, QUARANTINED, RESERVED, RESIDENT, Slab, TierSpace
+from forebay.kvstore.stats import Counters
+
+_SLABS_TRIED_MAX = 4
+_DONOR_CHECK_S = 1.0
+
+
+class Allocator:
+    """Assigns a tier's slabs to shards and takes them back."""
+
+    def __init__(self, tier: TierSpace, effects: Effects, counters: Counters, slab_idle_s: float) -> None:
+        self.tier = tier
+        self._effects = effects
+        self._counters = counters
+        self._slab_idle_s = slab_idle_s
+
+    def ensure(self, shard: Shard, groups: Iterable[Group], now: float) -> bool:
+        """Make sure the shard has a free slot; False when nothing may be evicted for it."""
+        if shard.slots.has_free() or self._assign(shard):
+            return True
+        donors = None
+        if now >= shard.donor_check_s:
+            donors = _coldest_first(groups, shard.group)
+            if self._take_empty(donors) or self._look_around(shard, donors, now):
+                return self._assign(shard)
+        if self._evict_own(shard):
+            return True
+        donors = _coldest_first(groups, shard.group) if donors is None else donors
+        return (self._balance(shard) or any(self._take(d.shards.values()) for d in donors)) and self._assign(shard)
+
+    def retire(self, shard: Shard, slabs: Sequence[Slab]) -> None:
+        """Take empty slabs back from their shard."""
+        shard.slots.drop_slabs(slabs)
+        for slab in slabs:
+            self.tier.give_back(slab.physical)
+            self._effects.slabs.append(SlabRetired(shard.ns, slab.serial, slab.physical))
+            self._counters.slabs_retired += 1
+
+    def retire_empty(self, group: Group) -> None:
+        """Take back every slab of the group that holds nothing."""
+        for shard in group.shards.values():
+            self.retire(shard, [slab for slab in shard.slots.slabs.values() if shard.slots.is_empty(slab)])
+
+    def _assign(self, shard: Shard) -> bool:
+        physical = self.tier.take()
+        if physical is None:
+            return False
+        slab = shard.slots.add_slab(physical)
+        self._effects.slabs.append(SlabOpened(shard.ns, slab.serial, physical))
+        self._counters.slabs_assigned += 1
+        return True
+
+    def _take_empty(self, donors: Iterable[Group]) -> bool:
+        """Retire a slab that holds nothing, whoever has it: that costs nobody a block."""
+        for shard in (shard for donor in donors for shard in donor.shards.values()):
+            if shard.slots.count(FREE) < shard.slots.slots_per_slab:
+                continue
+            for slab in shard.slots.slabs.values():
+                if shard.slots.is_empty(slab):
+                    self.retire(shard, [slab])
+                    return True
+        return False
+
+    def _look_around(self, shard: Shard, donors: Sequence[Group], now: float) -> bool:
+        """Now and then: is a sibling rank richer, or another namespace clearly colder?"""
+        shard.donor_check_s = now + _DONOR_CHECK_S
+        if self._balance(shard, _SLABS_TRIED_MAX):
+            return True
+        if not donors or not self._is_colder(donors[0], shard.group):
+            return False
+        return self._take(donors[0].shards.values(), _SLABS_TRIED_MAX)
+
+    def _evict_own(self, shard: Shard) -> bool:
+        while not shard.slots.has_free():
+            # A shard that holds no block gains nothing from a victim: its sibling ranks' slots are not its own.
+            if not shard.slots.count(RESIDENT) or not shard.group.evict_one():
+                return False
+        return True
+
+    def _balance(self, shard: Shard, slabs_tried_max: int | None = None) -> bool:
+        """Take a slab from the rank that has most, if it has two more: a block needs all its ranks."""
+        richest = max(shard.group.shards.values(), key=lambda s: len(s.slots.slabs))
+        if len(richest.slots.slabs) < len(shard.slots.slabs) + 2:
+            return False
+        return self._take([richest], slabs_tried_max)
+
+    def _is_colder(self, donor: Group, taker: Group) -> bool:
+        own, other = taker.policy.oldest_touch(), donor.policy.oldest_touch()
+        return own is None or other is None or other + self._slab_idle_s < own
+
+    def _take(self, shards: Iterable[Shard], slabs_tried_max: int | None = None) -> bool:
+        """Empty and retire one slab of one group's shards; False when each one tried is in use."""
+        for shard, slab in _fullest_last(shards)[:slabs_tried_max]:
+            group = shard.group
+            doomed = _doomed(group, slab)
+            if doomed is None:
+                continue
+            for row in doomed:
+                if group.index.is_resident(row):
+                    group.drop(row)
+                    self._counters.evicted_blocks += 1
+            self.retire(shard, [slab])
+            return True
+        return False
+
+
+def _coldest_first(groups: Iterable[Group], but: Group) -> list[Group]:
+    """The groups that could give a slab, longest untouched first; one that holds nothing comes before all."""
+    donors = [g for g in groups if g is not but and any(s.slots.slabs for s in g.shards.values())]
+    return sorted(donors, key=lambda g: g.policy.oldest_touch() or float("-inf"))
+
+
+def _fullest_last(shards: Iterable[Shard]) -> list[tuple[Shard, Slab]]:
+    """The fewest blocks lost first."""
+    slabs = [(shard, slab) for shard in shards for slab in shard.slots.slabs.values()]
+    slabs.sort(key=lambda item: -item[1].count(FREE))
+    return slabs
+
+
+def _doomed(group: Group, slab: Slab) -> list[int] | None:
+    """Rows to drop, children first, so that the slab is empty; None if one of them may not go."""
+    if slab.count(RESERVED) or slab.count(QUARANTINED):
+        return None
+    index = group.index
+    rows = [row for row in slab.rows if row >= 0]
+    if any(index.holds[row] or index.pinned[row] for row in rows):
+        return None
+    doomed = index.subtrees(rows)
+    if any(index.holds[row] or index.pinned[row] for row in doomed):
+        return None
+    return sorted(doomed, key=lambda row: -index.depths[row])

@@ -1,0 +1,83 @@
+"""What the core tells about itself: frozen records, totals since start (never rates), taken at one instant."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class TierStats:
+    """Slots of one tier; ``free + reserved + quarantined + resident == slots_total`` over assigned slabs."""
+
+    tier: str
+    capacity_bytes: int
+    slab_bytes: int
+    slabs_total: int
+    slabs_assigned: int
+    resident_bytes: int
+    slots_total: int
+    slots_free: int
+    slots_reserved: int
+    slots_quarantined: int
+    slots_resident: int
+
+
+@dataclass(frozen=True, slots=True)
+class NamespaceStats:
+    """One namespace group; ``resident_bytes`` counts payload over all its shards."""
+
+    fingerprint: str
+    model: str
+    uid: int
+    block_tokens: int
+    block_bytes: int
+    shard_size: int
+    blocks: int
+    pinned_blocks: int
+    slabs: int
+    resident_bytes: int
+    last_touch_s: float
+
+
+@dataclass(slots=True)
+class Counters:
+    """Totals the core adds to as it works; `StoreStats` carries a copy."""
+
+    lookups: int = 0
+    lookup_hashes: int = 0
+    lookup_hit_blocks: int = 0
+    acquired_blocks: int = 0
+    acquired_bytes: int = 0
+    reserved_blocks: int = 0
+    committed_blocks: int = 0
+    committed_bytes: int = 0
+    aborted_blocks: int = 0
+    present_blocks: int = 0
+    in_flight_blocks: int = 0
+    rejected_full_blocks: int = 0
+    rejected_orphan_blocks: int = 0
+    rejected_draining_blocks: int = 0
+    evicted_blocks: int = 0
+    removed_blocks: int = 0
+    expired_leases: int = 0
+    expired_reservations: int = 0
+    sessions_opened: int = 0
+    sessions_closed: int = 0
+    slabs_assigned: int = 0
+    slabs_retired: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class StoreStats:
+    """The whole core at one instant."""
+
+    tiers: tuple[TierStats, ...]
+    namespaces: tuple[NamespaceStats, ...]
+    sessions: int
+    leases: int
+    leased_blocks: int
+    reservations: int
+    quarantined_reservations: int
+    pinned_blocks: int
+    draining: bool
+    counters: Counters
