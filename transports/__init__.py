@@ -1,0 +1,1 @@
+"""How messages and handles travel: ZeroMQ, the session socket, shared memory."""
