@@ -1,0 +1,44 @@
+"""The client: what an inference engine imports to find, fetch and store KV blocks.
+
+`Client` blocks, `AsyncClient` is for asyncio; both do the same. Importing this costs numpy, pyzmq and msgpack.
+"""
+
+from forebay.client.aio import AsyncClient, AsyncReservation
+from forebay.client.grants import Lease
+from forebay.client.namespaces import Namespace
+from forebay.client.options import ClientOptions
+from forebay.client.results import (
+    BlockOutcome,
+    ClientStats,
+    FetchResult,
+    LookupResult,
+    PrefetchResult,
+    RemovalResult,
+    StoreResult,
+)
+from forebay.client.segments import SegmentTable
+from forebay.client.sync import Client, Reservation
+from forebay.kvstore.hashing import PrefixHasher
+from forebay.kvstore.namespace import NamespaceSpec
+from forebay.transports.messages import EvictScope
+
+__all__ = [
+    "AsyncClient",
+    "AsyncReservation",
+    "BlockOutcome",
+    "Client",
+    "ClientOptions",
+    "ClientStats",
+    "EvictScope",
+    "FetchResult",
+    "Lease",
+    "LookupResult",
+    "Namespace",
+    "NamespaceSpec",
+    "PrefetchResult",
+    "PrefixHasher",
+    "RemovalResult",
+    "Reservation",
+    "SegmentTable",
+    "StoreResult",
+]

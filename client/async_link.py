@@ -1,0 +1,264 @@
+"""A link as an event loop sees it: replies come by the control socket's descriptor, many operations at a time.
+
+What rarely happens and may wait (greeting, mapping a slab) runs in the loop's thread pool with the blocking
+code of `link`; copies run there too. `zmq.asyncio` was rejected: it doubles the round trip. libzmq's descriptor
+is edge-triggered, so replies are drained after every send as well.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from forebay.client.conversation import Conversation
+from forebay.client.copier import Copier
+from forebay.client.core import Action, Attachment, Copy, Exchange, Map, Steps
+from forebay.client.link import attach, map_slab
+from forebay.client.options import ClientOptions
+from forebay.client.places import SlabMapping
+from forebay.kvstore.errors import (
+    ForebayError,
+    PeerError,
+    PeerLost,
+    Timeout,
+    UnknownNamespace,
+    UnknownSession,
+)
+from forebay.transports.messages import PingRequest, Reply, Request
+from forebay.transports.session import SessionClient
+from forebay.transports.zmq_sockets import ControlClient
+
+T = TypeVar("T")
+
+
+class AsyncLink:
+    """Belongs to one event loop; make it with `open`."""
+
+    def __init__(self, options: ClientOptions, copier: Copier, session: SessionClient, control: ControlClient) -> None:
+        """Take over the sockets; call on the loop's thread."""
+        self._session, self._control = session, control
+        welcome = session.welcome
+        self.attachment = Attachment(welcome.max_message_bytes, welcome.max_hashes)
+        self.fault: ForebayError | None = None
+        self._copier = copier
+        self._timeout_s = options.timeout_ms / 1000
+        self._conversation = Conversation(welcome)
+        self._waiting: dict[int, asyncio.Future[Reply | ForebayError]] = {}
+        self._maps: dict[tuple[int, int], asyncio.Task[SlabMapping]] = {}
+        self._reading_session = asyncio.Lock()
+        self._users = 0
+        self._abandoned = False
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(control.fileno(), self._drain)
+        self._loop.add_reader(session.fileno(), self._listen)
+
+    @classmethod
+    async def open(cls, options: ClientOptions, copier: Copier, wait_s: float) -> AsyncLink:
+        """Attach; raises what `attach` does. A cancelled caller does not leave a session behind."""
+        loop = asyncio.get_running_loop()
+        attaching = loop.run_in_executor(None, _attach, options, wait_s)
+        try:
+            session, control = await asyncio.shield(attaching)
+        except asyncio.CancelledError:
+            attaching.add_done_callback(_close_unwanted)
+            raise
+        return cls(options, copier, session, control)
+
+    # Life
+
+    def enter(self) -> None:
+        """Begin to use the link: it will not be closed before the matching `leave`."""
+        self._users += 1
+
+    def leave(self) -> None:
+        self._users -= 1
+        if self._abandoned and self._users == 0:
+            self._close()
+
+    def abandon(self, fault: ForebayError) -> None:
+        """No new operation may begin; sockets close when the last one under way has ended. Idempotent."""
+        self._fail(fault)
+        if not self._abandoned:
+            self._abandoned = True
+            if self._users == 0:
+                self._close()
+
+    def disown(self) -> None:
+        """In a forked child: the sockets, leases and loop are the parent's; forget them without a word."""
+        self.fault = PeerLost("this session belongs to the parent process")
+        self._waiting.clear()
+        self._users = 1 << 30
+
+    def _close(self) -> None:
+        self._control.close()
+        self._session.close()
+
+    def _fail(self, fault: ForebayError) -> None:
+        if self.fault is not None:
+            return
+        self.fault = fault
+        self._loop.remove_reader(self._control.fileno())
+        self._loop.remove_reader(self._session.fileno())
+        for future in self._waiting.values():
+            if not future.done():
+                future.set_exception(fault)
+        self._waiting.clear()
+
+    # Events of the loop
+
+    def _drain(self) -> None:
+        try:
+            while self.fault is None and (payload := self._control.receive_now()) is not None:
+                self._take(payload)
+        except (PeerError, UnknownSession) as error:
+            self._fail(error)
+
+    def _take(self, payload: bytes) -> None:
+        reply = self._conversation.decode(payload)
+        if reply is None:
+            request = self._conversation.undo(payload)
+            if request is not None:
+                self.post(request)
+            return
+        if isinstance(reply[1], UnknownNamespace):
+            self.attachment.handles.clear()
+        future = self._waiting.pop(reply[0], None)
+        if future is not None and not future.done():
+            future.set_result(reply[1])
+
+    def _listen(self) -> None:
+        try:
+            for retired in self._session.poll_events():
+                self.attachment.retire(retired.ns, retired.slab)
+        except PeerError as error:
+            self._fail(error)
+
+    # Work
+
+    async def drive(self, steps: Steps[T]) -> T:
+        """Run an operation to its end; a cancelled one still gives back what it holds."""
+        send: Any = steps.send
+        value: Any = None
+        while True:
+            try:
+                action = send(value)
+            except StopIteration as stop:
+                result: T = stop.value
+                return result
+            try:
+                value, send = await self._perform(action), steps.send
+            except BaseException as error:  # noqa: BLE001  # all of them: the operation gives back what it holds
+                value, send = error, steps.throw
+
+    async def _perform(self, action: Action) -> Any:
+        if isinstance(action, Exchange):
+            return await self._exchange(action.requests)
+        if isinstance(action, Copy):
+            copy = self._copier.gather if action.to_slots else self._copier.scatter
+            return await _to_the_end(lambda: copy(action.plan))
+        if isinstance(action, Map):
+            return await self._map(action)
+        self.post(action.request)
+        return None
+
+    def post(self, request: Request) -> None:
+        """Send a request whose reply nobody needs; without a word when that cannot be."""
+        if self.fault is None:
+            self._control.send(self._conversation.encode(request, expected=False)[1])
+
+    async def _exchange(self, requests: tuple[Request, ...]) -> list[Reply | ForebayError]:
+        if self.fault is not None:
+            raise self.fault
+        encoded = [self._conversation.encode(request) for request in requests]
+        futures = []
+        for number, payload in encoded:
+            futures.append(self._loop.create_future())
+            self._waiting[number] = futures[-1]
+            if not self._control.send(payload):
+                self._fail(PeerLost("the connection to the daemon is gone"))
+                break
+        self._drain()
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                return [await future for future in futures]
+        except TimeoutError:
+            self._fail(Timeout(f"no answer within {self._timeout_s * 1000:.0f} ms"))
+            raise Timeout(f"no answer within {self._timeout_s * 1000:.0f} ms") from None
+        finally:
+            for (number, _), future in zip(encoded, futures, strict=False):
+                self._waiting.pop(number, None)
+                self._conversation.abandon(number)
+                if future.done() and not future.cancelled():
+                    future.exception()  # several may carry the same fault; one was raised
+
+    async def _map(self, action: Map) -> SlabMapping:
+        """Map a slab once, however many tasks need it."""
+        key = (action.ns, action.slab)
+        mapping = self._maps.get(key)
+        if mapping is None:
+            mapping = self._maps[key] = self._loop.create_task(self._map_now(action))
+            mapping.add_done_callback(lambda task: task.cancelled() or task.exception())  # seen, if nobody waits
+        return await asyncio.shield(mapping)
+
+    async def _map_now(self, action: Map) -> SlabMapping:
+        self.enter()
+        try:
+            async with self._reading_session:
+                return await self._map_in_thread(action)
+        except PeerError as error:
+            self._fail(error)
+            raise
+        finally:
+            del self._maps[action.ns, action.slab]
+            self.leave()
+
+    async def _map_in_thread(self, action: Map) -> SlabMapping:
+        """The loop looks away from the session meanwhile: both would wake up for the answer."""
+        if self.fault is not None:
+            raise self.fault
+        self._loop.remove_reader(self._session.fileno())
+        deadline = time.monotonic() + self._timeout_s
+        try:
+            return await self._loop.run_in_executor(None, map_slab, self._session, action.ns, action.slab, deadline)
+        finally:
+            if self.fault is None:
+                self._loop.add_reader(self._session.fileno(), self._listen)
+
+
+async def _to_the_end(work: Callable[[], T]) -> T:
+    """Run in a thread; if cancelled meanwhile, wait for the thread first: it may be writing to slots."""
+    future = asyncio.get_running_loop().run_in_executor(None, work)
+    try:
+        return await asyncio.shield(future)
+    except asyncio.CancelledError:
+        while not future.done():
+            try:
+                await asyncio.wait([future])
+            except asyncio.CancelledError:
+                continue
+        if not future.cancelled():
+            future.exception()
+        raise
+
+
+def _attach(options: ClientOptions, wait_s: float) -> tuple[SessionClient, ControlClient]:
+    """Attach and wait until the control connection stands; later sends then never wait."""
+    deadline = time.monotonic() + wait_s
+    session, control = attach(options, wait_s)
+    try:
+        _, ping = Conversation(session.welcome).encode(PingRequest(), expected=False)
+        if not control.send(ping, deadline) or control.receive(deadline) is None:
+            raise Timeout("the daemon greets but does not answer")
+    except BaseException:
+        control.close()
+        session.close()
+        raise
+    return session, control
+
+
+def _close_unwanted(attaching: asyncio.Future[tuple[SessionClient, ControlClient]]) -> None:
+    if not attaching.cancelled() and attaching.exception() is None:
+        for part in attaching.result():
+            part.close()

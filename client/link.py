@@ -1,0 +1,224 @@
+"""A link: one session with one daemon's life, as blocking code sees it.
+
+It is thrown away whole at the first doubt (an end of file, a missed deadline, another boot id), and the next call
+makes a new one: nothing of a dead session can then be mistaken for a living one's. It is closed only when the
+last operation on it has ended, because closing tells the daemon that nobody writes to its slots any more.
+"""
+
+from __future__ import annotations
+
+import select
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+from forebay.client.conversation import Conversation
+from forebay.client.copier import Copier
+from forebay.client.core import Action, Attachment, Copy, Exchange, Map, Steps
+from forebay.client.options import ClientOptions
+from forebay.client.places import SlabMapping
+from forebay.kvstore.errors import (
+    Corrupt,
+    ForebayError,
+    PeerError,
+    PeerLost,
+    Timeout,
+    UnknownNamespace,
+    UnknownSession,
+)
+from forebay.transports import paths
+from forebay.transports.messages import Reply, Request
+from forebay.transports.session import SessionClient
+from forebay.transports.zmq_sockets import ControlClient
+
+T = TypeVar("T")
+
+
+def attach(options: ClientOptions, wait_s: float) -> tuple[SessionClient, ControlClient]:
+    """Greet the daemon within `wait_s`. Raises PeerLost, Timeout, Forbidden, or what the daemon refused with."""
+    where = paths.find(options.runtime_dir)
+    deadline = time.monotonic() + wait_s
+    session = SessionClient.connect(where.session, options.name, options.client_group, deadline=deadline)
+    try:
+        return session, ControlClient(where.control, message_bytes_max=session.welcome.max_message_bytes)
+    except BaseException:
+        session.close()
+        raise
+
+
+def map_slab(session: SessionClient, ns: int, slab: int, deadline: float) -> SlabMapping:
+    """Ask for a slab and map it. Raises PeerLost, Timeout, Corrupt, or the daemon's refusal."""
+    received = session.map_slab(ns, slab, deadline)
+    try:
+        return SlabMapping.receive(received.shape, received.slab_fd, received.table_fd)
+    except OSError as error:
+        raise Corrupt(f"slab {slab} could not be mapped: {error.strerror}") from error
+    finally:
+        received.close_fds()
+
+
+class Link:
+    """May be used by several threads: exchanges take turns, copies do not."""
+
+    def __init__(self, options: ClientOptions, copier: Copier, wait_s: float) -> None:
+        """Attach; raises what `attach` does."""
+        self._session, self._control = attach(options, wait_s)
+        welcome = self._session.welcome
+        self.attachment = Attachment(welcome.max_message_bytes, welcome.max_hashes)
+        self.fault: ForebayError | None = None
+        self._copier = copier
+        self._timeout_s = options.timeout_ms / 1000
+        self._slice_s = options.budget_ms / 1000
+        self._conversation = Conversation(welcome)
+        self._exchanging = threading.Lock()
+        self._mapping = threading.Lock()
+        self._counting = threading.Lock()
+        self._users = 0
+        self._abandoned = False
+
+    # Life
+
+    def enter(self) -> None:
+        """Begin to use the link: it will not be closed before the matching `leave`."""
+        with self._counting:
+            self._users += 1
+
+    def leave(self) -> None:
+        with self._counting:
+            self._users -= 1
+            closing = self._abandoned and self._users == 0
+        if closing:
+            self._close()
+
+    def abandon(self, fault: ForebayError) -> None:
+        """No new operation may begin; sockets close when the last one under way has ended. Idempotent."""
+        self.fault = self.fault or fault
+        with self._counting:
+            closing = not self._abandoned and self._users == 0
+            self._abandoned = True
+        if closing:
+            self._close()
+
+    def disown(self) -> None:
+        """In a forked child: the sockets and leases are the parent's; forget them without a word."""
+        self.fault = PeerLost("this session belongs to the parent process")
+        self._counting = threading.Lock()  # the old one may be held for ever by a thread that is not here
+        self._users = 1 << 30
+
+    def _close(self) -> None:
+        self._control.close()
+        self._session.close()
+
+    # Work
+
+    def notice(self) -> None:
+        """Take what the daemon has told meanwhile, without waiting. Raises PeerLost at its end of file."""
+        if self.fault is not None:
+            raise self.fault
+        poll = select.poll()  # one for each call: an object of it is for one thread at a time
+        poll.register(self._session.fileno(), select.POLLIN)
+        if not poll.poll(0):
+            return
+        if not self._mapping.acquire(blocking=False):
+            return  # somebody is reading the session; the next call takes the notices
+        try:
+            for retired in self._session.poll_events():
+                self.attachment.retire(retired.ns, retired.slab)
+        except PeerError as error:
+            self.fault = self.fault or error
+            raise
+        finally:
+            self._mapping.release()
+
+    def drive(self, steps: Steps[T]) -> T:
+        """Run an operation to its end on this thread."""
+        send: Any = steps.send
+        value: Any = None
+        while True:
+            try:
+                action = send(value)
+            except StopIteration as stop:
+                result: T = stop.value
+                return result
+            try:
+                value, send = self._perform(action), steps.send
+            except BaseException as error:  # noqa: BLE001  # all of them: the operation gives back what it holds
+                value, send = error, steps.throw
+
+    def _perform(self, action: Action) -> Any:
+        if isinstance(action, Exchange):
+            return self._exchange(action.requests)
+        if isinstance(action, Copy):
+            return (self._copier.gather if action.to_slots else self._copier.scatter)(action.plan)
+        if isinstance(action, Map):
+            return self._map(action)
+        return self.post(action.request)
+
+    def post(self, request: Request) -> None:
+        """Send a request whose reply nobody needs; without a word when that cannot be."""
+        if self.fault is not None or not self._exchanging.acquire(timeout=self._timeout_s):
+            return
+        try:
+            if self.fault is None:
+                self._control.send(self._conversation.encode(request, expected=False)[1])
+        finally:
+            self._exchanging.release()
+
+    def _exchange(self, requests: Sequence[Request]) -> list[Reply | ForebayError]:
+        deadline = time.monotonic() + self._timeout_s
+        if not self._exchanging.acquire(timeout=self._timeout_s):
+            raise Timeout("other threads' requests were not answered")
+        try:
+            if self.fault is not None:
+                raise self.fault
+            encoded = [self._conversation.encode(request) for request in requests]
+            try:
+                for _, payload in encoded:
+                    self._send(payload, deadline)
+                return self._collect([number for number, _ in encoded], deadline)
+            except (PeerError, UnknownSession) as error:
+                self.fault = self.fault or error
+                raise
+            except BaseException:  # a signal: replies that come later would have no taker
+                self.fault = self.fault or PeerLost("a call was interrupted")
+                raise
+        finally:
+            self._exchanging.release()
+
+    def _send(self, payload: bytes, deadline: float) -> None:
+        while not self._control.send(payload, min(deadline, time.monotonic() + self._slice_s)):
+            self._check_waiting(deadline)
+
+    def _collect(self, numbers: list[int], deadline: float) -> list[Reply | ForebayError]:
+        replies: dict[int, Reply | ForebayError] = {}
+        while len(replies) < len(numbers):
+            payload = self._control.receive(min(deadline, time.monotonic() + self._slice_s))
+            if payload is None:
+                self._check_waiting(deadline)
+                continue
+            reply = self._conversation.decode(payload)
+            if reply is not None:
+                replies[reply[0]] = reply[1]
+        if any(isinstance(reply, UnknownNamespace) for reply in replies.values()):
+            self.attachment.handles.clear()
+        return [replies[number] for number in numbers]
+
+    def _check_waiting(self, deadline: float) -> None:
+        """A daemon that died ends the wait at once, one that hangs at the deadline."""
+        self.notice()
+        if time.monotonic() >= deadline:
+            raise Timeout(f"no answer within {self._timeout_s * 1000:.0f} ms")
+
+    def _map(self, action: Map) -> SlabMapping:
+        deadline = time.monotonic() + self._timeout_s
+        if not self._mapping.acquire(timeout=self._timeout_s):
+            raise Timeout("other threads' slabs were not handed out")
+        try:
+            known = self.attachment.slabs.get((action.ns, action.slab))  # mapped by another thread meanwhile
+            return known or map_slab(self._session, action.ns, action.slab, deadline)
+        except PeerError as error:
+            self.fault = self.fault or error
+            raise
+        finally:
+            self._mapping.release()

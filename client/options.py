@@ -1,0 +1,38 @@
+"""The few things an engine may set about its client; all have defaults that need no thought."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from forebay.kvstore.errors import BadRequest
+from forebay.transports.packets import CLIENT_GROUP_BYTES_MAX, CLIENT_NAME_CHARS_MAX
+
+
+@dataclass(frozen=True, slots=True)
+class ClientOptions:
+    """How to reach the daemon and how long to wait for it.
+
+    Attributes:
+        runtime_dir: the daemon's runtime directory; None: where the daemon puts it by itself.
+        name: what the daemon's status calls this client, at most 128 characters.
+        client_group: sessions of one engine that give the same 1 to 32 bytes may resolve each other's leases.
+        strict: raise typed errors (for tools) instead of answering misses (for engines).
+        budget_ms: the longest a call may wait to find out that no daemon is there.
+        timeout_ms: the longest a call waits for one answer of a daemon that is there.
+    """
+
+    runtime_dir: str | Path | None = None
+    name: str = ""
+    client_group: bytes = b""
+    strict: bool = False
+    budget_ms: float = 5.0
+    timeout_ms: float = 1000.0
+
+    def __post_init__(self) -> None:
+        if len(self.name) > CLIENT_NAME_CHARS_MAX:
+            raise BadRequest(f"a client's name has at most {CLIENT_NAME_CHARS_MAX} characters")
+        if len(self.client_group) > CLIENT_GROUP_BYTES_MAX:
+            raise BadRequest(f"a client group has at most {CLIENT_GROUP_BYTES_MAX} bytes")
+        if not 0 < self.budget_ms <= self.timeout_ms:
+            raise BadRequest("budget_ms must be positive and at most timeout_ms")

@@ -1,0 +1,127 @@
+"""Places: where blocks lie in mapped slabs, and whether they still do.
+
+A slot id is ``slab serial * slots_per_slab + slot in slab``. The daemon bumps a slot's generation before it
+gives the slot to another block, so bytes copied out are right exactly when the generation read *after* the copy
+is the one that came with the slot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from forebay.client.segments import Addresses
+from forebay.kvstore.errors import Corrupt
+from forebay.transports.packets import SlabMap
+from forebay.transports.shm import map_received, table_bytes
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SlabMapping:
+    """One slab mapped into this process; the memory stays mapped as long as anything refers to it.
+
+    Attributes:
+        data: uint8 (slab bytes,).
+        generations: uint64 (slots,), written by the daemon, read-only here.
+    """
+
+    data: NDArray[np.uint8]
+    generations: NDArray[np.uint64]
+    slot_bytes: int
+    slots: int
+    writable: bool
+    address: int
+
+    @classmethod
+    def of(
+        cls, data: NDArray[np.uint8], generations: NDArray[np.uint64], slot_bytes: int, *, writable: bool
+    ) -> SlabMapping:
+        """A mapping over memory somebody else mapped. Raises Corrupt when it cannot hold its slots."""
+        if slot_bytes < 1 or len(generations) * slot_bytes > len(data):
+            raise Corrupt(f"{len(generations)} slots of {slot_bytes} bytes are more than a slab of {len(data)}")
+        address = int(data.__array_interface__["data"][0])
+        return cls(data, generations, slot_bytes, len(generations), writable, address)
+
+    @classmethod
+    def receive(cls, shape: SlabMap, slab_fd: int, table_fd: int) -> SlabMapping:
+        """Map what the daemon handed out; the descriptors stay the caller's. Raises Corrupt, OSError."""
+        slab = map_received(slab_fd, shape.slab_bytes, writable=shape.writable)
+        table = map_received(table_fd, table_bytes(shape.slots), writable=False)
+        generations = np.frombuffer(table, np.dtype("<u8"), count=shape.slots)
+        return cls.of(np.frombuffer(slab, np.uint8), generations, shape.slot_bytes, writable=shape.writable)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Places:
+    """The slots of a list of blocks, in order.
+
+    Attributes:
+        mappings: the slabs involved.
+        which: int64 (n,), index into `mappings` of each block.
+        indices: int64 (n,), slot in slab of each block.
+        generations: uint64 (n,), as they were when the slots were handed out.
+        addresses: int64 (n,), where each slot begins in this process.
+    """
+
+    mappings: tuple[SlabMapping, ...]
+    which: Addresses
+    indices: Addresses
+    generations: NDArray[np.uint64]
+    addresses: Addresses
+    block_bytes: int
+
+    def __len__(self) -> int:
+        return len(self.addresses)
+
+    @classmethod
+    def resolve(
+        cls,
+        mappings: Sequence[SlabMapping],
+        which: Addresses,
+        indices: Addresses,
+        generations: NDArray[np.uint64],
+        block_bytes: int,
+    ) -> Places:
+        """Raises Corrupt when a slot lies outside its slab."""
+        slots = np.array([mapping.slots for mapping in mappings], np.int64)
+        if len(indices) and bool((indices >= slots[which]).any()):
+            raise Corrupt("the daemon named a slot outside its slab")
+        bases = np.array([mapping.address for mapping in mappings], np.int64)
+        steps = np.array([mapping.slot_bytes for mapping in mappings], np.int64)
+        addresses = bases[which] + indices * steps[which] if len(indices) else indices
+        return cls(tuple(mappings), which, indices, generations, addresses, block_bytes)
+
+    def verified(self) -> int:
+        """Leading blocks whose slots still hold them; call it after the copy."""
+        holds = np.empty(len(self), bool)
+        for number, mapping in enumerate(self.mappings):
+            mine = self.which == number
+            holds[mine] = mapping.generations[self.indices[mine]] == self.generations[mine]
+        gone = np.flatnonzero(~holds)
+        return int(gone[0]) if len(gone) else len(self)
+
+    def views(self, *, writable: bool) -> list[NDArray[np.uint8]]:
+        """One uint8 array (block_bytes,) per block, in place. Each keeps its slab mapped, not its slot leased."""
+        views = []
+        for number, index in zip(self.which.tolist(), self.indices.tolist(), strict=True):
+            mapping = self.mappings[number]
+            view = mapping.data[index * mapping.slot_bytes :][: self.block_bytes]
+            if not writable:
+                view = view.view()
+                view.flags.writeable = False
+            views.append(view)
+        return views
+
+    def slots(self) -> list[int]:
+        """Slot in slab of each block."""
+        out: list[int] = self.indices.tolist()
+        return out
+
+
+def no_places(block_bytes: int) -> Places:
+    """The places of no blocks at all."""
+    none = np.zeros(0, np.int64)
+    return Places((), none, none, np.zeros(0, np.uint64), none, block_bytes)

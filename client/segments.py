@@ -1,0 +1,270 @@
+"""Segment tables: where the segments of each block lie in an engine's memory.
+
+Segment s of block b is ``sizes[s]`` bytes at ``bases[s] + b * strides[s]``. That one table describes every
+paged layout (NHD, HND, K and V apart or fused, one tensor a layer or one for all, MLA, a dense cache whose
+blocks are ranges of tokens), so the copiers know addresses and nothing about attention. Tensors are read by
+duck typing (`data_ptr`, `stride`, `element_size`, `device`): importing torch to look at a torch tensor would
+cost every engine-less tool its start-up time, and numpy has no bfloat16 to convert to.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from forebay.kvstore.errors import LayoutError
+from forebay.kvstore.namespace import SEGMENTS_MAX
+
+Addresses = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class RawBytes:
+    """Foreign memory as numpy sees it: hand it to `np.asarray`. Does not keep the memory alive."""
+
+    __array_interface__: dict[str, Any]
+
+
+def raw_array(address: int, shape: tuple[int, ...], strides: tuple[int, ...], item_bytes: int) -> NDArray[Any]:
+    """A view of opaque `item_bytes`-wide items at `address`; the caller keeps the memory alive."""
+    return np.asarray(
+        RawBytes(
+            {
+                "data": (address, False),
+                "shape": shape,
+                "strides": strides,
+                "typestr": f"|V{item_bytes}",
+                "version": 3,
+            }
+        )
+    )
+
+
+class SegmentTable:
+    """Addresses of the segments of `blocks` blocks; immutable, may be shared by threads.
+
+    Attributes:
+        bases, strides: int64 (segments,), bytes; block b's segment s begins at ``bases[s] + b * strides[s]``.
+        sizes: bytes of each segment, in the order in which they lie in a slot.
+        blocks: valid block ids are 0 to ``blocks - 1``.
+        writable: may be the destination of a fetch.
+
+    The table owns a reference to each array it was built from, so the memory outlives the table's copies.
+    Neighbouring segments that are contiguous in memory are one segment.
+    """
+
+    __slots__ = (
+        "bases",
+        "block_bytes",
+        "blocks",
+        "offsets",
+        "owners",
+        "rows",
+        "sizes",
+        "strides",
+        "writable",
+    )
+
+    def __init__(
+        self,
+        bases: Addresses,
+        strides: Addresses,
+        sizes: Addresses,
+        blocks: int,
+        *,
+        writable: bool,
+        owners: tuple[object, ...],
+    ) -> None:
+        if blocks < 1 or not len(sizes) or int(sizes.min()) < 1:
+            raise LayoutError("the memory holds no whole block")
+        if len(sizes) > SEGMENTS_MAX:
+            raise LayoutError(f"a block would have more than {SEGMENTS_MAX} segments")
+        self.bases, self.strides, joined = _join(bases, strides, sizes)
+        self.sizes: tuple[int, ...] = tuple(joined.tolist())
+        self.block_bytes = sum(self.sizes)
+        self.offsets: Addresses = np.cumsum(joined) - joined
+        self.blocks = blocks
+        overlapping = blocks > 1 and bool((np.abs(self.strides) < joined).any())
+        self.writable = writable and not overlapping
+        self.owners = owners
+        self.rows: list[NDArray[Any]] = [
+            raw_array(base, (blocks, 1), (stride, size), size)
+            for base, stride, size in zip(self.bases.tolist(), self.strides.tolist(), self.sizes, strict=True)
+        ]
+
+    @classmethod
+    def of(
+        cls,
+        memory: object,
+        *,
+        block_axis: int = 0,
+        token_axis: int | None = None,
+        block_tokens: int = 0,
+        writable: bool = True,
+    ) -> SegmentTable:
+        """The table of one array, or of several whose segments follow each other (one or two per layer).
+
+        Args:
+            memory: numpy array or torch CPU tensor of any dtype, or a sequence of them, all with as many blocks.
+                The order of the sequence, and C order within an array, is the order of the bytes in a slot.
+            block_axis: the axis that counts blocks, in each array.
+            token_axis: for dense caches instead: the axis that counts tokens; a block is a range of
+                `block_tokens` tokens and a trailing partial block has no id.
+            writable: False for a source that must never be a fetch's destination.
+        Raises:
+            LayoutError: not CPU memory, no whole block, different block counts, or too scattered.
+        """
+        arrays = list(memory) if isinstance(memory, (list, tuple)) else [memory]
+        if not arrays:
+            raise LayoutError("no arrays to build a segment table of")
+        parts, blocks = [], set()
+        for array in arrays:
+            region = _describe(array)
+            axes, block = _axes(region, block_axis, token_axis, block_tokens)
+            parts.append(_segments(region, axes, block))
+            blocks.add(block[0])
+            writable = writable and region.writable
+        if len(blocks) != 1:
+            raise LayoutError(f"arrays of one table hold as many blocks each, not {sorted(blocks)}")
+        bases, strides, sizes = (np.concatenate(column) for column in zip(*parts, strict=True))
+        return cls(bases, strides, sizes, blocks.pop(), writable=writable, owners=tuple(arrays))
+
+    @classmethod
+    def packed(cls, memory: object, block_bytes: int, *, writable: bool = True) -> SegmentTable:
+        """The table of one contiguous buffer (array, tensor or bytes-like) cut into whole blocks."""
+        if isinstance(memory, (bytes, bytearray, memoryview)):
+            memory = np.frombuffer(memory, np.uint8)
+        region = _describe(memory)
+        if block_bytes < 1:
+            raise LayoutError(f"block_bytes must be positive, not {block_bytes}")
+        size, outer = _contiguous(list(zip(region.shape, region.strides, strict=True)), region.item_bytes)
+        if outer:
+            raise LayoutError("a packed buffer must be contiguous")
+        one = np.array([region.address], np.int64)
+        width = np.array([block_bytes], np.int64)
+        writable = writable and region.writable
+        return cls(one, width, width, size // block_bytes, writable=writable, owners=(memory,))
+
+    @classmethod
+    def from_pointers(
+        cls,
+        bases: Sequence[int],
+        strides: Sequence[int],
+        segment_bytes: Sequence[int],
+        blocks: int,
+        *,
+        owner: object,
+        writable: bool = True,
+    ) -> SegmentTable:
+        """The table of raw addresses; the caller vouches that `blocks` blocks are mapped there."""
+        if not len(bases) == len(strides) == len(segment_bytes):
+            raise LayoutError("bases, strides and segment_bytes must be as many")
+        if min(bases, default=0) <= 0:
+            raise LayoutError("a base address must be positive")
+        first, step, size = (np.array(column, np.int64) for column in (bases, strides, segment_bytes))
+        return cls(first, step, size, blocks, writable=writable, owners=(owner,))
+
+    def checked_ids(self, block_ids: Iterable[int], count: int) -> Addresses:
+        """`count` block ids as int64, or LayoutError: too few, too many, or one outside the memory."""
+        ids = np.asarray(block_ids if isinstance(block_ids, np.ndarray) else list(block_ids))
+        if ids.shape != (count,) or (count and ids.dtype.kind not in "iu"):
+            raise LayoutError(f"{count} hashes need {count} integer block ids, not {ids.shape} of {ids.dtype}")
+        if count and (int(ids.min()) < 0 or int(ids.max()) >= self.blocks):
+            raise LayoutError(f"block ids run from 0 to {self.blocks - 1}, not {ids.min()} to {ids.max()}")
+        return ids.astype(np.int64)
+
+    def extents(self) -> tuple[Addresses, Addresses]:
+        """First address and end address of each segment over all blocks, int64 (segments,) each."""
+        reach = (self.blocks - 1) * self.strides
+        sizes = np.array(self.sizes, np.int64)
+        return self.bases + np.minimum(reach, 0), self.bases + np.maximum(reach, 0) + sizes
+
+    def check_layout(self, segment_bytes: Sequence[int]) -> None:
+        """Raise LayoutError unless this table cuts the same bytes: each cut of one side is also one of the other.
+
+        A table may be finer (one segment a head) or coarser (contiguous memory) than the namespace's spec.
+        """
+        mine, theirs = set(itertools.accumulate(self.sizes)), set(itertools.accumulate(segment_bytes))
+        if self.block_bytes != sum(segment_bytes):
+            raise LayoutError(f"blocks of {self.block_bytes} bytes; the namespace's have {sum(segment_bytes)}")
+        if not (mine <= theirs or theirs <= mine):
+            raise LayoutError("the segments are cut at other places than the namespace's segment_bytes")
+
+    def check_writable(self) -> None:
+        """Raise LayoutError if a fetch must not write here: read-only memory or overlapping blocks."""
+        if not self.writable:
+            raise LayoutError("the destination is read-only, or its blocks overlap")
+
+
+@dataclass(frozen=True, slots=True)
+class _Region:
+    address: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    item_bytes: int
+    writable: bool
+
+
+def _describe(array: Any) -> _Region:
+    if isinstance(array, np.ndarray):
+        if array.dtype.hasobject:
+            raise LayoutError("arrays of Python objects have no bytes to store")
+        address = int(array.__array_interface__["data"][0])
+        return _Region(address, array.shape, array.strides, array.itemsize, array.flags.writeable)
+    if not all(hasattr(array, name) for name in ("data_ptr", "stride", "element_size", "device")):
+        raise LayoutError(f"neither a numpy array nor a tensor: {type(array).__name__}")
+    if getattr(array.device, "type", "cpu") != "cpu":
+        raise LayoutError(f"the tensor is on {array.device}; only CPU memory can be copied")
+    item = int(array.element_size())
+    strides = tuple(int(stride) * item for stride in array.stride())
+    return _Region(int(array.data_ptr()), tuple(int(n) for n in array.shape), strides, item, True)
+
+
+Axis = tuple[int, int]
+"""Length and stride in bytes."""
+
+
+def _axes(region: _Region, block_axis: int, token_axis: int | None, block_tokens: int) -> tuple[list[Axis], Axis]:
+    """The axes inside a block, in C order, and the block axis."""
+    axes = list(zip(region.shape, region.strides, strict=True))
+    chosen = block_axis if token_axis is None else token_axis
+    if not -len(axes) <= chosen < len(axes):
+        raise LayoutError(f"axis {chosen} of an array with {len(axes)} axes")
+    length, stride = axes[chosen]
+    if token_axis is None:
+        axes.pop(chosen)
+        return axes, (length, stride)
+    if block_tokens < 1:
+        raise LayoutError(f"block_tokens must be positive, not {block_tokens}")
+    axes[chosen] = (block_tokens, stride)
+    return axes, (length // block_tokens, stride * block_tokens)
+
+
+def _contiguous(axes: list[Axis], item_bytes: int) -> tuple[int, list[Axis]]:
+    """Bytes of the innermost contiguous run, and the axes outside it."""
+    run, outer = item_bytes, list(axes)
+    while outer and (outer[-1][0] == 1 or outer[-1][1] == run):
+        run *= outer.pop()[0]
+    return run, [axis for axis in outer if axis[0] != 1]
+
+
+def _segments(region: _Region, axes: list[Axis], block: Axis) -> tuple[Addresses, Addresses, Addresses]:
+    run, outer = _contiguous(axes, region.item_bytes)
+    offsets = np.zeros(1, np.int64)
+    for length, stride in outer:
+        if len(offsets) * length > SEGMENTS_MAX:
+            raise LayoutError(f"a block would have more than {SEGMENTS_MAX} segments")
+        offsets = (offsets[:, None] + np.arange(length, dtype=np.int64)[None, :] * stride).ravel()
+    return region.address + offsets, np.full_like(offsets, block[1]), np.full_like(offsets, run)
+
+
+def _join(bases: Addresses, strides: Addresses, sizes: Addresses) -> tuple[Addresses, Addresses, Addresses]:
+    """Merge each segment that begins where the one before it ends."""
+    follows = (bases[1:] == bases[:-1] + sizes[:-1]) & (strides[1:] == strides[:-1])
+    starts = np.flatnonzero(np.concatenate(([True], ~follows)))
+    return bases[starts], strides[starts], np.add.reduceat(sizes, starts)

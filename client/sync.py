@@ -1,0 +1,425 @@
+"""The blocking client.
+
+A thin shell. What an operation does is in `core`, how its steps reach the daemon in `link`; here is only who
+may try (the breaker), and what an error becomes: a miss for an engine, a typed error for a tool.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Generic, Self, TypeVar
+
+from forebay.client import core
+from forebay.client.breaker import Breaker
+from forebay.client.copier import Copier, NumpyCopier
+from forebay.client.counters import Counters
+from forebay.client.grants import BaseReservation, Lease, nothing_granted, nothing_held
+from forebay.client.link import Link
+from forebay.client.namespaces import Namespace
+from forebay.client.options import ClientOptions
+from forebay.client.results import (
+    BlockOutcome,
+    ClientStats,
+    FetchResult,
+    LookupResult,
+    PrefetchResult,
+    RemovalResult,
+    StoreResult,
+    reason_of,
+)
+from forebay.kvstore.errors import BadRequest, ForebayError, LayoutError, PeerLost, Timeout
+from forebay.kvstore.namespace import NamespaceSpec
+from forebay.transports.messages import (
+    CheckReply,
+    CheckRequest,
+    ClearReply,
+    ClearRequest,
+    EvictScope,
+    PingReply,
+    PingRequest,
+    StatusReply,
+    StatusRequest,
+)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class _Tried(Generic[T]):
+    """What became of an operation: a value and the link it came over, or an error."""
+
+    value: T | None
+    link: Link | None
+    error: ForebayError | None
+
+
+class Client:
+    """A connection to the daemon on this machine.
+
+    Engines use it as it comes: with no daemon, a hung one or a restarted one every call answers a miss (no blocks,
+    rejected outcomes, 0), within `budget_ms` when nobody listens and once within `timeout_ms` when the daemon
+    hangs; then calls cost nothing until a probe finds a daemon again. What still raises is the caller's own bug,
+    whether a daemon is there or not: LayoutError and BadRequest, for memory or hashes that do not fit the
+    namespace. Tools set `strict` and get every error typed.
+
+    Threads: any number may call at once; requests take turns, copies run in parallel and without the GIL.
+    Fork: a child may go on using the client, as a session of its own; the parent's leases and reservations are
+    not the child's, and releasing them there does nothing. Close: `close`, or use it as a context manager.
+    """
+
+    def __init__(
+        self,
+        runtime_dir: str | Path | None = None,
+        name: str = "",
+        client_group: bytes = b"",
+        *,
+        strict: bool = False,
+        budget_ms: float = 5.0,
+        timeout_ms: float = 1000.0,
+        copier: Copier | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Does not connect yet. For the options see `ClientOptions`; `copier` and `clock` are for tests."""
+        self.options = ClientOptions(runtime_dir, name, client_group, strict, budget_ms, timeout_ms)
+        self._copier = copier or NumpyCopier()
+        self._breaker = Breaker(clock)
+        self._counters = Counters()
+        self._attaching = threading.Lock()
+        self._link: Link | None = None
+        self._closed = False
+        _live.add(self)
+
+    # Namespaces
+
+    def open_namespace(self, spec: NamespaceSpec) -> Namespace:
+        """A handle for the spec, valid for the client's life, over restarts of the daemon too.
+
+        With a daemon there, the namespace is opened at once. Raises BadRequest (the spec) and LayoutError (a block
+        fits no slab) in any mode: set-up is when an engine should hear of them.
+        """
+        ns = Namespace.of(spec)
+        tried = self._try(lambda attachment: core.open_namespace(attachment, ns))
+        if isinstance(tried.error, (BadRequest, LayoutError)):
+            raise tried.error
+        return ns
+
+    def find_namespace(self, fingerprint_prefix: bytes, rank: int = 0) -> Namespace:
+        """A namespace that exists, by the first bytes of its group fingerprint; for tools. Always raises."""
+        tried = self._try(lambda attachment: core.find_namespace(attachment, fingerprint_prefix, rank))
+        if tried.value is None:
+            raise tried.error or PeerLost("no daemon")
+        return tried.value
+
+    # Reading
+
+    def lookup(self, ns: Namespace, hashes: Sequence[bytes]) -> LookupResult:
+        """How many leading blocks are stored; takes no lease. Blocking: one round trip."""
+        ns.check_hashes(hashes)
+        return self._run(lambda attachment: core.lookup(attachment, ns, hashes), LookupResult())
+
+    def acquire(self, ns: Namespace, hashes: Sequence[bytes], ttl_ms: int = 0) -> Lease:
+        """Lease the leading blocks to read them in place; use it in a `with`. 0: the daemon's time to live.
+
+        A lease of no blocks is a miss, and false.
+        """
+        ns.check_hashes(hashes)
+        tried = self._try(lambda attachment: core.acquire(attachment, ns, hashes, ttl_ms))
+        return Lease(tried.value or nothing_held(ns), tried.link, owned=True)
+
+    def resolve(self, ns: Namespace, lease: int) -> Lease:
+        """This shard's blocks of a lease that another session of the client group holds; not released here."""
+        tried = self._try(lambda attachment: core.resolve(attachment, ns, lease))
+        return Lease(tried.value or nothing_held(ns), tried.link, owned=False)
+
+    def fetch(
+        self,
+        ns: Namespace,
+        hashes: Sequence[bytes],
+        destination: object,
+        block_ids: Iterable[int] | None = None,
+        *,
+        ttl_ms: int = 0,
+    ) -> FetchResult:
+        """Copy the leading stored blocks into the engine's memory; only `result.blocks` of them are right.
+
+        Args:
+            destination: a writable SegmentTable, or an array, tensor or list of them with blocks on axis 0.
+            block_ids: where in it each block goes; None: 0, 1, 2, ...
+        Raises:
+            LayoutError, BadRequest: the memory, the ids or the hashes do not fit the namespace.
+        Blocking: one round trip and the copy.
+        """
+        work = core.transfer(ns, hashes, destination, block_ids, writable=True)
+        strict = self.options.strict
+        tried = self._try(lambda attachment: core.fetch(attachment, work, ttl_ms, strict=strict))
+        if tried.value is None:
+            return FetchResult(reason=reason_of(tried.error or PeerLost()))
+        self._counters.fetched(tried.value)
+        return tried.value
+
+    def prefetch(self, ns: Namespace, hashes: Sequence[bytes]) -> PrefetchResult:
+        """Ask that the leading blocks be brought to memory; returns at once."""
+        ns.check_hashes(hashes)
+        return self._run(lambda attachment: core.prefetch(attachment, ns, hashes), PrefetchResult())
+
+    # Writing
+
+    def reserve(self, ns: Namespace, hashes: Sequence[bytes], parent: bytes = b"") -> Reservation:
+        """Take slots for blocks that continue `parent`, to write them in place; use it in a `with`."""
+        ns.check_hashes(hashes)
+        tried = self._try(lambda attachment: core.reserve(attachment, ns, parent, hashes), keep=True)
+        return Reservation(tried.value or nothing_granted(ns, len(hashes)), tried.link, self)
+
+    def store(
+        self,
+        ns: Namespace,
+        hashes: Sequence[bytes],
+        source: object,
+        block_ids: Iterable[int] | None = None,
+        *,
+        parent: bytes = b"",
+    ) -> StoreResult:
+        """Store the blocks of a chain that are not stored yet; the result has each block's outcome.
+
+        Args:
+            hashes: a chain: each block continues the one before it, the first continues `parent`.
+            source: a SegmentTable, or an array, tensor or list of them with blocks on axis 0. It must not change
+                until the call returns.
+            block_ids: where in it each block lies; None: 0, 1, 2, ...
+        Raises:
+            LayoutError, BadRequest: the memory, the ids or the hashes do not fit the namespace.
+        Blocking: a round trip and the copy per batch of at most 64 MiB, and one more.
+        """
+        work = core.transfer(ns, hashes, source, block_ids, writable=False)
+        strict = self.options.strict
+        tried = self._try(lambda attachment: core.store(attachment, work, parent, strict=strict))
+        if tried.value is None:
+            reason = reason_of(tried.error or PeerLost())
+            return StoreResult.nothing(len(hashes), BlockOutcome.UNAVAILABLE, reason)
+        self._counters.stored(tried.value)
+        return tried.value
+
+    # Keeping and removing
+
+    def pin(self, ns: Namespace, hashes: Sequence[bytes]) -> int:
+        """Keep the leading blocks until unpinned; returns how many. Strict: QuotaExceeded beyond the quota."""
+        ns.check_hashes(hashes)
+        return self._run(lambda attachment: core.pin(attachment, ns, hashes), 0)
+
+    def unpin(self, ns: Namespace, hashes: Sequence[bytes]) -> int:
+        """Returns how many pins ended."""
+        ns.check_hashes(hashes)
+        return self._run(lambda attachment: core.unpin(attachment, ns, hashes), 0)
+
+    def evict(
+        self,
+        ns: Namespace,
+        hashes: Sequence[bytes] = (),
+        scope: EvictScope = EvictScope.BLOCKS,
+        *,
+        dry_run: bool = False,
+    ) -> RemovalResult:
+        """Remove the blocks, these and all that continue them (PREFIX), or the whole NAMESPACE."""
+        ns.check_hashes(hashes)
+        return self._run(lambda attachment: core.evict(attachment, ns, hashes, scope, dry_run), RemovalResult())
+
+    def touch(self, ns: Namespace, hashes: Sequence[bytes]) -> int:
+        """Hint: these blocks are in use. Returns how many are stored."""
+        ns.check_hashes(hashes)
+        return self._run(lambda attachment: core.touch(attachment, ns, hashes), 0)
+
+    def done(self, ns: Namespace, hashes: Sequence[bytes]) -> int:
+        """Hint: the conversation is over; its blocks may go first. Returns how many are stored."""
+        ns.check_hashes(hashes)
+        return self._run(lambda attachment: core.done(attachment, ns, hashes), 0)
+
+    # Telling
+
+    def ping(self) -> bool:
+        """Whether the daemon answers. Blocking: one round trip."""
+        return self._run(lambda _: core.call(PingRequest(), PingReply), None) is not None
+
+    def status(self) -> dict[str, Any]:
+        """The daemon's status document; empty without a daemon."""
+        reply = self._run(lambda _: core.call(StatusRequest(), StatusReply), None)
+        document: dict[str, Any] = json.loads(reply.document) if reply is not None else {}
+        return document
+
+    def check(self) -> list[str]:
+        """Broken invariants of the daemon, in words. Costs it a walk over everything; for tools. Always raises."""
+        tried = self._try(lambda _: core.call(CheckRequest(), CheckReply))
+        if tried.value is None:
+            raise tried.error or PeerLost("no daemon")
+        return list(tried.value.problems)
+
+    def clear(self, *, dry_run: bool = False) -> RemovalResult:
+        """Remove every block of every namespace; for operators. Strict: Forbidden for others."""
+        reply = self._run(lambda _: core.call(ClearRequest(dry_run), ClearReply), None)
+        return RemovalResult(reply.removed, reply.kept) if reply is not None else RemovalResult()
+
+    def stats(self) -> ClientStats:
+        """Totals of this client; asks nobody."""
+        attached = self._link is not None and self._link.fault is None
+        return self._counters.snapshot(breaker=self._breaker.state, attached=attached)
+
+    # Life
+
+    def close(self) -> None:
+        """End the session; leases end with it. Later calls are misses. Idempotent."""
+        self._closed = True
+        link, self._link = self._link, None
+        if link is not None:
+            link.abandon(PeerLost("the client was closed"))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _run(self, operation: core.Operation[T], miss: T) -> T:
+        tried = self._try(operation)
+        return miss if tried.value is None else tried.value
+
+    def _try(self, operation: core.Operation[T], *, keep: bool = False) -> _Tried[T]:
+        """Run an operation; an error is raised in strict mode, else counted and returned.
+
+        With `keep` a success leaves the link entered, for the caller to leave.
+        """
+        self._counters.calls += 1
+        try:
+            link = self._attached()
+            kept = False
+            try:
+                value = link.drive(operation(link.attachment))
+                kept = keep
+                return _Tried(value, link, None)
+            finally:
+                self._settle(link)
+                if not kept:
+                    link.leave()
+        except ForebayError as error:
+            self._counters.failed(error)
+            if self.options.strict:
+                raise
+            return _Tried(None, None, error)
+
+    def _commit(self, link: Link, reservation: int, failed: Sequence[int]) -> int:
+        try:
+            return link.drive(core.commit(link.attachment, reservation, failed))
+        except ForebayError as error:
+            self._counters.failed(error)
+            if self.options.strict:
+                raise
+            return 0
+        finally:
+            self._settle(link)
+
+    def _attached(self) -> Link:
+        """A living link, entered: the one there is, or a new one if the breaker lets us try."""
+        link = self._entered()
+        if link is not None:
+            return link
+        if self._closed:
+            raise PeerLost("the client was closed")
+        if not self._attaching.acquire(timeout=self.options.budget_ms / 1000):
+            raise PeerLost("another thread is looking for the daemon")
+        try:
+            link = self._entered()
+            if link is None:
+                link = self._attach()
+            return link
+        finally:
+            self._attaching.release()
+
+    def _entered(self) -> Link | None:
+        link = self._link
+        if link is None:
+            return None
+        link.enter()
+        try:
+            link.notice()
+        except ForebayError:
+            self._settle(link)
+            link.leave()
+            return None
+        return link
+
+    def _attach(self) -> Link:
+        first = self._breaker.state == "closed"
+        if not self._breaker.allows():
+            raise PeerLost("no daemon; not trying again yet")
+        try:
+            wait_ms = self.options.timeout_ms if first else self.options.budget_ms
+            link = Link(self.options, self._copier, wait_ms / 1000)
+        except BaseException:
+            self._breaker.failed()
+            raise
+        self._breaker.succeeded()
+        self._counters.attachments += 1
+        link.enter()
+        self._link = link
+        return link
+
+    def _settle(self, link: Link) -> None:
+        """Throw the link away if it failed; a daemon that hangs is left alone for a while."""
+        fault = link.fault
+        if fault is None or self._link is not link:
+            return
+        self._link = None
+        if isinstance(fault, Timeout):
+            self._breaker.failed()
+        link.abandon(fault)
+
+    def _after_fork(self) -> None:
+        self._attaching = threading.Lock()
+        self._breaker = self._breaker.renewed()
+        link, self._link = self._link, None
+        if link is not None:
+            link.disown()
+            _inherited.append(link)
+
+
+class Reservation(BaseReservation):
+    """A reservation of the blocking client."""
+
+    def __init__(self, grant: core.Grant, link: Link | None, client: Client) -> None:
+        super().__init__(grant, link)
+        self._link = link
+        self._client = client
+
+    def commit(self, failed: Sequence[int] = ()) -> int:
+        """Publish what was written, but for the positions in `failed`; returns how many blocks that were.
+
+        0 when the daemon is gone or the reservation ran out; strict: the error. Blocking: one round trip.
+        """
+        holder, self._holder = self._holder, None
+        if holder is None or self._link is None:
+            return 0
+        try:
+            return self._client._commit(self._link, self.reservation_id, failed)
+        finally:
+            holder.leave()
+
+
+_live: weakref.WeakSet[Client] = weakref.WeakSet()
+_inherited: list[Link] = []
+"""Links of the parent process, kept so that nothing finalizes their sockets in the child."""
+
+
+def _after_fork_in_child() -> None:
+    for client in list(_live):
+        client._after_fork()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
