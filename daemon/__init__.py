@@ -1,0 +1,1 @@
+"""The service: owner loop, configuration, metrics, health, command line."""

@@ -1,0 +1,431 @@
+"""The daemon's configuration: one frozen, typed tree, built once from defaults, a TOML file and flags, in that order.
+
+Every key is declared here with its default, unit, bounds and the consequence of changing it;
+``docs/configuration.md`` is generated from these declarations. A tree is only made by ``build``, which checks
+everything, so code that holds a Config need check nothing. Values derived from several keys are computed in
+``derive`` alone. ``configfile.py`` finds and reads the file. Rejected: a variable per key, a second and hidden
+configuration.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from forebay.daemon.settings import BadValue, Listen, Machine, Setting, measure_machine, read_listen, setting
+from forebay.transports.messages import HASH_BYTES_MAX, HASHES_MAX, MESSAGE_BYTES_MAX
+
+GIB = 1 << 30
+MIB = 1 << 20
+SLABS_MAX = 4096
+
+
+class ConfigError(ValueError):
+    """The operator's configuration cannot be used; ``problems`` names each wrong key by its path."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = tuple(problems)
+
+
+def _auto_host_bytes(machine: Machine, _: Mapping[str, Any]) -> int:
+    """A quarter of the first 64 GiB, so that a laptop still works, and half of what a node has above that."""
+    memory_bytes = machine.memory_bytes
+    share = min(memory_bytes, 64 * GIB) // 4 + max(0, memory_bytes - 64 * GIB) // 2
+    return max(MIB, share // MIB * MIB)
+
+
+def _auto_slab_bytes(_: Machine, before: Mapping[str, Any]) -> int:
+    """About 64 slabs for a small tier, never more than SLABS_MAX for a large one; a power of two from 2 to 256 MiB."""
+    host_bytes = max(1, int(before["bytes"]))
+    wanted = max(2 * MIB, min(256 * MIB, 1 << ((host_bytes // 64) | 1).bit_length() - 1))
+    while host_bytes // wanted > SLABS_MAX:
+        wanted *= 2
+    return wanted
+
+
+def _auto_populate_threads(machine: Machine, _: Mapping[str, Any]) -> int:
+    return max(1, min(8, machine.cpus // 2))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RuntimeConfig:
+    """Where the daemon's sockets are and how it logs."""
+
+    dir: str = setting(
+        "text", "", "path",
+        "Folder of the sockets and the lock; clients must look in the same one. Empty: $FOREBAY_RUNTIME_DIR, else "
+        "$XDG_RUNTIME_DIR/forebay, else /run/forebay, else /tmp/forebay-UID.",
+    )  # fmt: skip
+    log_level: str = setting(
+        "choice", "info", "",
+        "Least severe records that are written; debug names every session and slab.",
+        choices=("debug", "info", "warning", "error"), reloads=True,
+    )  # fmt: skip
+    log_format: str = setting(
+        "choice", "logfmt", "",
+        "logfmt for people and journald, json for log collectors; both go to standard error.",
+        choices=("logfmt", "json"), reloads=True,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostConfig:
+    """The host tier: blocks in shared memory that engines map."""
+
+    bytes: int = setting(
+        "size", "auto", "bytes",
+        "Hard cap of the host tier's memory, taken in whole slabs; more holds more blocks and leaves less to engines. "
+        "auto: a quarter of the first 64 GiB of memory (or of the cgroup's limit) and half of the rest.",
+        low=MIB, auto=_auto_host_bytes,
+    )  # fmt: skip
+    slab_bytes: int = setting(
+        "size", "auto", "bytes",
+        "Memory given to one namespace shard at a time: larger means fewer mappings and file descriptors, smaller lets "
+        "more namespaces share the tier evenly; no block can be larger. auto: 1/64 of host.bytes, 2 MiB to 256 MiB.",
+        low=64 << 10, high=16 * GIB, auto=_auto_slab_bytes,
+    )  # fmt: skip
+    pages: Literal["auto", "hugetlb", "thp", "4k"] = setting(
+        "choice", "auto", "",
+        "Page kind of the slabs; larger pages make first use and disk I/O faster. hugetlb needs pages reserved by the "
+        "administrator, thp needs shmem_enabled; where they lack the next kind is taken, with a warning in the status. "
+        "auto: the best kind that the machine offers.",
+        choices=("auto", "hugetlb", "thp", "4k"),
+    )  # fmt: skip
+    populate: str = setting(
+        "choice", "background", "",
+        "background touches all memory in threads after start, so no store pays for first use; off starts small and "
+        "grows as blocks arrive.",
+        choices=("background", "off"),
+    )  # fmt: skip
+    populate_threads: int = setting(
+        "integer", "auto", "threads",
+        "Threads that touch memory after start; more finishes sooner and takes more cores meanwhile. auto: half of the "
+        "cores, at most 8.",
+        low=1, high=64, auto=_auto_populate_threads,
+    )  # fmt: skip
+    lock: Literal["auto", "on", "off"] = setting(
+        "choice", "auto", "",
+        "on keeps the slabs from being swapped as far as RLIMIT_MEMLOCK allows and warns in the status about the rest, "
+        "off leaves it to the kernel. auto: on where the machine has swap.",
+        choices=("auto", "on", "off"),
+    )  # fmt: skip
+    numa_node: int = setting(
+        "integer", -1, "node number",
+        "NUMA node that the slabs are allocated on; copies are fastest from the node of the engine. -1: any node.",
+        low=-1, high=1023,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LimitsConfig:
+    """Bounds of everything a client can make grow; beyond one the client is answered Busy or BadRequest."""
+
+    sessions: int = setting(
+        "integer", 256, "sessions",
+        "Clients attached at once; each costs file descriptors and some memory.",
+        low=1, high=16384, reloads=True,
+    )  # fmt: skip
+    message_bytes: int = setting(
+        "size", "4MiB", "bytes",
+        "Longest request accepted; longer ones are refused unread. It must have room for limits.hashes hashes.",
+        low=64 << 10, high=MESSAGE_BYTES_MAX,
+    )  # fmt: skip
+    hashes: int = setting(
+        "integer", 65536, "hashes",
+        "Most prefix hashes in one request; more lets longer prompts be asked at once and lets one request hold the "
+        "owner thread longer.",
+        low=1, high=HASHES_MAX,
+    )  # fmt: skip
+    leases: int = setting(
+        "integer", 65536, "leases",
+        "Leases alive at once, all sessions together; a leased block cannot be evicted.",
+        low=1, high=1 << 24,
+    )  # fmt: skip
+    reservations: int = setting(
+        "integer", 16384, "reservations",
+        "Reservations alive at once, all sessions together; their slots hold no readable block meanwhile.",
+        low=1, high=1 << 24,
+    )  # fmt: skip
+    namespaces: int = setting(
+        "integer", 1024, "namespaces",
+        "Namespace shards known at once; each has slabs and an index of its own.",
+        low=1, high=65536,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeasesConfig:
+    """How long a right lasts, and how much may be pinned."""
+
+    ttl_ms: int = setting(
+        "integer", 30_000, "milliseconds",
+        "Life of a read lease whose client names none; shorter frees the blocks of a stuck reader sooner, longer lets "
+        "a slow reader finish.",
+        low=100, high=86_400_000, reloads=True,
+    )  # fmt: skip
+    ttl_max_ms: int = setting(
+        "integer", 600_000, "milliseconds",
+        "Longest read lease a client may ask for; what it asks beyond is cut to this.",
+        low=100, high=86_400_000, reloads=True,
+    )  # fmt: skip
+    reservation_ttl_ms: int = setting(
+        "integer", 60_000, "milliseconds",
+        "Time a writer has to commit; after it the write is refused, and its slots stay out of use until the writer's "
+        "session ends or aborts.",
+        low=100, high=86_400_000, reloads=True,
+    )  # fmt: skip
+    pin_quota: float = setting(
+        "number", 0.25, "share of the tier",
+        "Most of the tier that pins may hold; pinned blocks are never evicted, so a high share starves everyone else.",
+        low=0, high=1, reloads=True,
+    )  # fmt: skip
+    slab_idle_s: float = setting(
+        "number", 60.0, "seconds",
+        "Time a namespace must be unused before its slabs are given to others; shorter follows demand faster, longer "
+        "keeps the blocks of a paused tenant.",
+        low=0, high=86_400,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MetricsConfig:
+    """The HTTP endpoint: /metrics, /livez, /readyz, /healthz."""
+
+    listen: str = setting(
+        "listen", "127.0.0.1:9471", "address",
+        'HOST:PORT, "unix:/PATH" or "off"; whoever reaches it can read model names and counters, so keep it local.',
+    )  # fmt: skip
+    stalled_s: float = setting(
+        "number", 10.0, "seconds",
+        "Age of the owner thread's last turn at which /livez fails; lower notices a stuck daemon sooner and restarts a "
+        "merely slow one.",
+        low=0.5, high=600, reloads=True,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AccessConfig:
+    """Who may attach."""
+
+    allowed_uids: tuple[int, ...] = setting(
+        "uids", [], "user ids",
+        "Users besides the daemon's own whose processes may attach; each gets namespaces of its own.",
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShutdownConfig:
+    """What SIGTERM does."""
+
+    drain_s: float = setting(
+        "number", 5.0, "seconds",
+        "Longest wait for leases and reservations to end after SIGTERM; new ones are refused meanwhile. Keep it below "
+        "the service manager's stop time-out.",
+        low=0, high=3600, reloads=True,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """The whole tree. Made by ``build`` or ``load``, never by hand."""
+
+    runtime: RuntimeConfig
+    host: HostConfig
+    limits: LimitsConfig
+    leases: LeasesConfig
+    metrics: MetricsConfig
+    access: AccessConfig
+    shutdown: ShutdownConfig
+
+
+SECTIONS: dict[str, type[Any]] = {
+    "runtime": RuntimeConfig,
+    "host": HostConfig,
+    "limits": LimitsConfig,
+    "leases": LeasesConfig,
+    "metrics": MetricsConfig,
+    "access": AccessConfig,
+    "shutdown": ShutdownConfig,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Derived:
+    """What follows from several keys: computed here alone."""
+
+    slabs: int
+    capacity_bytes: int
+    listen: Listen
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One key that differs between two trees."""
+
+    path: str
+    old: object
+    new: object
+
+
+@dataclass(frozen=True, slots=True)
+class Diff:
+    """``safe`` may take effect while running (SIGHUP), ``unsafe`` needs a restart."""
+
+    safe: tuple[Change, ...]
+    unsafe: tuple[Change, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Environment:
+    """All that the daemon takes from its environment variables, read once."""
+
+    config_home: str
+    notify_socket: str | None
+    watchdog_usec: int | None
+
+
+def settings() -> Iterator[tuple[str, Setting]]:
+    """Every key's path and declaration, in the order of the tree."""
+    for section, kind in SECTIONS.items():
+        for name, known in section_settings(kind):
+            yield f"{section}.{name}", known
+
+
+def section_settings(section: type[Any]) -> Iterator[tuple[str, Setting]]:
+    for known in dataclasses.fields(section):
+        yield known.name, known.metadata["setting"]
+
+
+def reloadable() -> tuple[str, ...]:
+    """Paths of the keys that SIGHUP may change."""
+    return tuple(path for path, known in settings() if known.reloads)
+
+
+def values(config: Config) -> dict[str, object]:
+    """A tree as path -> value, in order."""
+    return {path: _value(config, path) for path, _ in settings()}
+
+
+def _value(config: Config, path: str) -> object:
+    section, _, name = path.partition(".")
+    return getattr(getattr(config, section), name)
+
+
+def diff(old: Config, new: Config) -> Diff:
+    """What differs, split by whether a running daemon may take it over."""
+    safe: list[Change] = []
+    unsafe: list[Change] = []
+    for path, known in settings():
+        change = Change(path, _value(old, path), _value(new, path))
+        if change.old != change.new:
+            (safe if known.reloads else unsafe).append(change)
+    return Diff(tuple(safe), tuple(unsafe))
+
+
+def keep_unsafe(old: Config, new: Config) -> Config:
+    """``new`` with every key that needs a restart taken from ``old``: what a running daemon uses after SIGHUP."""
+    kept = {change.path: change.old for change in diff(old, new).unsafe}
+    sections = {}
+    for section in SECTIONS:
+        names = {path.partition(".")[2]: value for path, value in kept.items() if path.startswith(f"{section}.")}
+        sections[section] = dataclasses.replace(getattr(new, section), **names)
+    return Config(**sections)
+
+
+def derive(config: Config) -> Derived:
+    """Values that follow from several keys."""
+    slabs = config.host.bytes // config.host.slab_bytes
+    return Derived(slabs, slabs * config.host.slab_bytes, read_listen(config.metrics.listen))
+
+
+def build(raw: Mapping[str, Any] | None = None, machine: Machine | None = None) -> Config:
+    """A checked tree from TOML-like values (section -> key -> value); what is absent gets its default.
+
+    Raises ConfigError with every problem found, not only the first.
+    """
+    raw = {} if raw is None else raw
+    machine = measure_machine() if machine is None else machine
+    problems = _unknown_keys(raw)
+    sections: dict[str, Any] = {}
+    for section, kind in SECTIONS.items():
+        given = raw.get(section, {})
+        read = _read_section(section, kind, given if isinstance(given, Mapping) else {}, machine, problems)
+        if not problems:
+            sections[section] = kind(**read)
+    if problems:
+        raise ConfigError(problems)
+    config = Config(**sections)
+    problems = _cross_checks(config, machine)
+    if problems:
+        raise ConfigError(problems)
+    return config
+
+
+def _read_section(
+    section: str, kind: type[Any], given: Mapping[str, Any], machine: Machine, problems: list[str]
+) -> dict[str, Any]:
+    read: dict[str, Any] = {}
+    for name, known in section_settings(kind):
+        try:
+            read[name] = known.read(given.get(name, known.default), machine, read)
+        except BadValue as error:
+            problems.append(f"{section}.{name}: {error}")
+            read[name] = known.read(known.default, machine, read)
+    return read
+
+
+def _unknown_keys(raw: Mapping[str, Any]) -> list[str]:
+    problems = []
+    for section, given in raw.items():
+        if section not in SECTIONS:
+            problems.append(unknown(str(section), "section" if isinstance(given, Mapping) else "key"))
+        elif not isinstance(given, Mapping):
+            problems.append(f"{section}: must be a section, [{section}]")
+        else:
+            known = {name for name, _ in section_settings(SECTIONS[section])}
+            problems += [unknown(f"{section}.{name}", "key") for name in given if name not in known]
+    return problems
+
+
+def unknown(path: str, what: str) -> str:
+    """The problem text for a key or section nobody knows, with the nearest one that exists."""
+    from difflib import get_close_matches  # only a mistyped file pays for it
+
+    shown = path if len(path) <= 100 else path[:100] + "..."
+    known = list(SECTIONS) if what == "section" else [known_path for known_path, _ in settings()]
+    by_name = [known_path for known_path in known if known_path.endswith("." + path)]
+    close = by_name or get_close_matches(path[:100], known, n=1, cutoff=0.6)
+    return f"{shown}: unknown {what}" + (f"; did you mean {close[0]}?" if close else "")
+
+
+def _cross_checks(config: Config, machine: Machine) -> list[str]:
+    problems = []
+    host, limits = config.host, config.limits
+    if host.bytes > machine.memory_bytes:
+        problems.append(f"host.bytes: {host.bytes} bytes is more than this machine's memory, {machine.memory_bytes}")
+    if host.slab_bytes % 4096:
+        problems.append(f"host.slab_bytes: {host.slab_bytes} is not a multiple of 4096")
+    if host.pages == "hugetlb" and host.slab_bytes % (2 * MIB):
+        problems.append(f'host.slab_bytes: {host.slab_bytes} is not a multiple of 2MiB, as host.pages "hugetlb" needs')
+    if host.slab_bytes > host.bytes:
+        problems.append(f"host.slab_bytes: {host.slab_bytes} is more than host.bytes, {host.bytes}")
+    if limits.hashes * HASH_BYTES_MAX + 4096 > limits.message_bytes:
+        problems.append(f"limits.message_bytes: {limits.message_bytes} has no room for limits.hashes = {limits.hashes}")
+    if config.leases.ttl_ms > config.leases.ttl_max_ms:
+        problems.append(f"leases.ttl_ms: {config.leases.ttl_ms} is more than leases.ttl_max_ms")
+    return problems
+
+
+def environment(variables: Mapping[str, str] | None = None) -> Environment:
+    """Read the environment; the only place of the daemon that does (the runtime folder's discovery aside)."""
+    variables = os.environ if variables is None else variables
+    home = variables.get("HOME", "")
+    config_home = variables.get("XDG_CONFIG_HOME") or (f"{home}/.config" if home else "")
+    usec = variables.get("WATCHDOG_USEC", "")
+    meant_for_us = variables.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
+    watchdog = int(usec) if usec.isdigit() and int(usec) > 0 and meant_for_us else None
+    return Environment(config_home, variables.get("NOTIFY_SOCKET") or None, watchdog)

@@ -1,0 +1,95 @@
+"""The memory behind assigned slabs: carries out what the store decided, and hands out the descriptors.
+
+The core counts slots and generations; this module gives a slab its memfd and its generation table, publishes bumped
+generations, and takes both away again. Owned by the owner thread; no KV byte is touched.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+from forebay.daemon.logging import fields
+from forebay.kvstore.groups import Effects, SlabOpened, SlabRetired
+from forebay.kvstore.store import Store
+from forebay.tiers.host import HostTier
+from forebay.transports.shm import GenerationTable
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Live:
+    physical: int
+    table: GenerationTable
+
+
+@dataclass(frozen=True, slots=True)
+class CarriedOut:
+    """What became of a batch of effects: slabs taken back, and slabs whose memory could not be had, with the reason."""
+
+    retired: list[SlabRetired]
+    failed: list[tuple[SlabOpened, OSError]]
+
+
+class LiveSlabs:
+    """Live slabs by (ns, serial)."""
+
+    def __init__(self, store: Store, tier: HostTier) -> None:
+        self._store = store
+        self._tier = tier
+        self._live: dict[tuple[int, int], _Live] = {}
+
+    def carry_out(self, effects: Effects) -> CarriedOut:
+        """Do what the store decided, slabs before generations; to be called before the answer is sent."""
+        done = CarriedOut([], [])
+        for event in effects.slabs:
+            if isinstance(event, SlabRetired):
+                self._retire(event)
+                done.retired.append(event)
+                continue
+            try:
+                self._open(event)
+            except OSError as error:
+                done.failed.append((event, error))
+        for ns, slot_id, generation in effects.generations:
+            self._publish(ns, slot_id, generation)
+        return done
+
+    def handles(self, ns: int, slab: int) -> tuple[int, int]:
+        """Descriptors of a live slab's memory and generation table; they stay ours."""
+        live = self._live[ns, slab]
+        return self._tier.slab_fd(live.physical), live.table.fd
+
+    def close(self) -> None:
+        """Let go of every table; readers that are still copying fail."""
+        for live in self._live.values():
+            live.table.bump_all()
+            live.table.close()
+        self._live.clear()
+
+    def _open(self, event: SlabOpened) -> None:
+        self._tier.open_slab(event.physical)
+        try:
+            table = GenerationTable(self._store.slots_per_slab(event.ns))
+        except OSError:
+            self._tier.close_slab(event.physical)
+            raise
+        table.bump_all()  # generations start at 1, so that 0 is never a right answer
+        self._live[event.ns, event.slab] = _Live(event.physical, table)
+        log.debug("slab assigned", extra=fields(ns=event.ns, slab=event.slab, physical=event.physical))
+
+    def _retire(self, event: SlabRetired) -> None:
+        live = self._live.pop((event.ns, event.slab), None)
+        if live is None:
+            return  # its memory could not be had, so it was never opened
+        live.table.bump_all()
+        live.table.close()
+        self._tier.close_slab(event.physical)
+        log.debug("slab retired", extra=fields(ns=event.ns, slab=event.slab, physical=event.physical))
+
+    def _publish(self, ns: int, slot_id: int, generation: int) -> None:
+        serial, slot = divmod(slot_id, self._store.slots_per_slab(ns))
+        live = self._live.get((ns, serial))
+        if live is not None:
+            live.table.set(slot, generation)

@@ -1,0 +1,224 @@
+"""A DaemonSnapshot as Prometheus text.
+
+One table, FAMILIES, says which metrics exist and which field each reads; docs/metrics.md lists the same names and a
+test compares the two. Counters are totals, never rates. Series are few: labels come from closed sets, and of
+namespaces only the largest have series of their own. Rejected: prometheus_client's global registry and live metric
+objects, which count on the owner thread and could disagree with the status document.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Literal
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from forebay.daemon.counters import LATENCY_BOUNDS_S
+from forebay.daemon.status import SERVING, DaemonSnapshot
+from forebay.kvstore.stats import Counters, NamespaceStats, TierStats
+
+NAMESPACES_MAX = 32
+REST = "rest"
+FINGERPRINT_CHARS = 12
+
+Samples = Iterable[tuple[tuple[str, ...], float]]
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """One metric: its name as Prometheus stores it (counters end in ``_total``) and how to read its samples."""
+
+    name: str
+    kind: Literal["counter", "gauge", "histogram"]
+    labels: tuple[str, ...]
+    meaning: str
+    read: Callable[[DaemonSnapshot], Samples]
+
+
+def _gauge(name: str, meaning: str, read: Callable[[DaemonSnapshot], float]) -> Family:
+    return Family(name, "gauge", (), meaning, lambda snapshot: [((), read(snapshot))])
+
+
+def _counter(name: str, meaning: str, read: Callable[[DaemonSnapshot], float]) -> Family:
+    return Family(name, "counter", (), meaning, lambda snapshot: [((), read(snapshot))])
+
+
+def _core(field: str, meaning: str) -> Family:
+    """A counter of the core: ``Counters.field`` as ``forebay_field_total``."""
+    return _counter(f"forebay_{field}_total", meaning, lambda snapshot: getattr(snapshot.store.counters, field))
+
+
+def _tier(field: str, meaning: str) -> Family:
+    """A gauge of the core's accounting of each tier."""
+    return Family(
+        f"forebay_tier_{field}", "gauge", ("tier",), meaning,
+        lambda snapshot: [((tier.tier,), getattr(tier, field)) for tier in snapshot.store.tiers],
+    )  # fmt: skip
+
+
+def _tier_memory(field: str, meaning: str) -> Family:
+    """A gauge of what a tier says about its own memory."""
+    return Family(
+        f"forebay_tier_{field}", "gauge", ("tier",), meaning,
+        lambda snapshot: [((tier.tier,), getattr(tier, field)) for tier in snapshot.tiers],
+    )  # fmt: skip
+
+
+def _slots(tier: TierStats) -> dict[str, int]:
+    return {
+        "free": tier.slots_free,
+        "reserved": tier.slots_reserved,
+        "quarantined": tier.slots_quarantined,
+        "resident": tier.slots_resident,
+    }
+
+
+def _outcomes(counters: Counters) -> dict[str, int]:
+    return {
+        "write": counters.reserved_blocks,
+        "present": counters.present_blocks,
+        "in_flight": counters.in_flight_blocks,
+        "full": counters.rejected_full_blocks,
+        "orphan": counters.rejected_orphan_blocks,
+        "draining": counters.rejected_draining_blocks,
+    }
+
+
+def _namespaces(field: str) -> Callable[[DaemonSnapshot], Samples]:
+    """One gauge per namespace for the largest ones, the others summed, so that tenants cannot multiply series."""
+
+    def read(snapshot: DaemonSnapshot) -> Samples:
+        ordered = sorted(snapshot.store.namespaces, key=lambda each: (-each.resident_bytes, each.fingerprint))
+        totals: dict[tuple[str, ...], float] = {}
+        for position, each in enumerate(ordered):
+            key = _namespace_labels(each) if position < NAMESPACES_MAX else (REST, "", "")
+            totals[key] = totals.get(key, 0) + getattr(each, field)
+        return totals.items()
+
+    return read
+
+
+def _namespace_labels(namespace: NamespaceStats) -> tuple[str, str, str]:
+    return namespace.fingerprint[:FINGERPRINT_CHARS], namespace.model[:64], str(namespace.uid)
+
+
+def _namespace(field: str, meaning: str) -> Family:
+    return Family(f"forebay_namespace_{field}", "gauge", ("namespace", "model", "uid"), meaning, _namespaces(field))
+
+
+FAMILIES: tuple[Family, ...] = (
+    Family("forebay_build_info", "gauge", ("version",), "Always 1; the version is the label",
+           lambda snapshot: [((snapshot.version,), 1)]),
+    _gauge("forebay_uptime_seconds", "Time since the daemon started", lambda snapshot: snapshot.uptime_s),
+    _gauge("forebay_draining", "1 while the daemon shuts down", lambda snapshot: snapshot.state != SERVING),
+    # Sessions and rights
+    _gauge("forebay_sessions", "Clients attached now", lambda snapshot: snapshot.store.sessions),
+    _core("sessions_opened", "Sessions opened"),
+    _core("sessions_closed", "Sessions ended, by the client or by its death"),
+    Family("forebay_sessions_refused_total", "counter", ("reason",), "Clients turned away",
+           lambda snapshot: [((reason,), count) for reason, count in sorted(snapshot.refused_sessions.items())]),
+    _gauge("forebay_leases", "Read leases alive", lambda snapshot: snapshot.store.leases),
+    _gauge("forebay_leased_blocks", "Blocks under at least one lease", lambda snapshot: snapshot.store.leased_blocks),
+    _gauge("forebay_reservations", "Reservations alive", lambda snapshot: snapshot.store.reservations),
+    _gauge("forebay_quarantined_reservations", "Expired reservations whose writer may still be writing",
+           lambda snapshot: snapshot.store.quarantined_reservations),
+    _gauge("forebay_pinned_blocks", "Blocks pinned", lambda snapshot: snapshot.store.pinned_blocks),
+    _core("expired_leases", "Leases ended by the clock"),
+    _core("expired_reservations", "Reservations ended by the clock"),
+    # Blocks
+    _core("lookups", "Lookups answered"),
+    _core("lookup_hashes", "Hashes asked for by lookups"),
+    _core("lookup_hit_blocks", "Leading complete blocks that lookups found"),
+    _core("acquired_blocks", "Blocks leased for reading"),
+    _core("acquired_bytes", "Bytes of the blocks leased for reading"),
+    Family("forebay_store_blocks_total", "counter", ("outcome",), "Blocks of stores, by what became of each",
+           lambda snapshot: [((name,), count) for name, count in _outcomes(snapshot.store.counters).items()]),
+    _core("committed_blocks", "Blocks made visible"),
+    _core("committed_bytes", "Bytes of the blocks made visible"),
+    _core("aborted_blocks", "Blocks reserved and given back unwritten"),
+    _core("evicted_blocks", "Blocks dropped for space"),
+    _core("removed_blocks", "Blocks dropped on request"),
+    # Tiers
+    _tier_memory("up", "1 while the tier works"),
+    _tier("capacity_bytes", "Hard cap of the tier"),
+    _tier("resident_bytes", "Bytes of the blocks in the tier"),
+    Family("forebay_tier_slabs", "gauge", ("tier", "state"), "Slabs by whether a namespace has them",
+           lambda snapshot: [((tier.tier, state), count) for tier in snapshot.store.tiers
+                             for state, count in (("assigned", tier.slabs_assigned),
+                                                  ("free", tier.slabs_total - tier.slabs_assigned))]),
+    Family("forebay_tier_slots", "gauge", ("tier", "state"), "Slots of the assigned slabs, by state",
+           lambda snapshot: [((tier.tier, state), count) for tier in snapshot.store.tiers
+                             for state, count in _slots(tier).items()]),
+    _tier_memory("populated_bytes", "Memory touched ahead of use"),
+    _tier_memory("locked_bytes", "Memory that cannot be swapped"),
+    Family("forebay_tier_warnings", "gauge", ("tier",), "Warnings the tier gives in the status",
+           lambda snapshot: [((tier.tier,), len(tier.warnings)) for tier in snapshot.tiers]),
+    _core("slabs_assigned", "Slabs given to a namespace"),
+    _core("slabs_retired", "Slabs taken back from a namespace"),
+    # Namespaces
+    _gauge("forebay_namespaces", "Namespace groups known", lambda snapshot: len(snapshot.store.namespaces)),
+    _namespace("blocks", "Complete or partial blocks of a namespace"),
+    _namespace("pinned_blocks", "Pinned blocks of a namespace"),
+    _namespace("resident_bytes", "Bytes of a namespace's blocks, all shards"),
+    # Requests
+    Family("forebay_requests_total", "counter", ("verb",), "Requests answered, errors included",
+           lambda snapshot: [((verb.verb,), verb.requests) for verb in snapshot.verbs]),
+    Family("forebay_request_errors_total", "counter", ("verb", "error"), "Requests answered with an error",
+           lambda snapshot: [((verb.verb, error), count) for verb in snapshot.verbs
+                             for error, count in sorted(verb.errors.items())]),
+    Family("forebay_request_seconds", "histogram", ("verb",), "Time from a request's arrival to its answer",
+           lambda snapshot: []),
+    # The owner loop and the process
+    _counter("forebay_loop_turns_total", "Turns of the owner loop", lambda snapshot: snapshot.loop.turns),
+    _counter("forebay_loop_busy_seconds_total", "Time the owner loop worked", lambda snapshot: snapshot.loop.busy_s),
+    _gauge("forebay_loop_longest_turn_seconds", "Longest turn since start",
+           lambda snapshot: snapshot.loop.longest_turn_s),
+    _gauge("forebay_process_resident_bytes", "Memory of the daemon's process",
+           lambda snapshot: snapshot.process.rss_bytes),
+    _counter("forebay_process_cpu_seconds_total", "Processor time of the daemon",
+             lambda snapshot: snapshot.process.cpu_s),
+    _gauge("forebay_process_open_fds", "File descriptors open", lambda snapshot: snapshot.process.open_fds),
+    _gauge("forebay_process_fds_max", "File descriptors allowed", lambda snapshot: snapshot.process.fds_max),
+    _gauge("forebay_process_threads", "Threads of the daemon", lambda snapshot: snapshot.process.threads),
+)  # fmt: skip
+
+
+class SnapshotCollector(Collector):
+    """Yields every family of one snapshot."""
+
+    def __init__(self, snapshot: DaemonSnapshot) -> None:
+        self._snapshot = snapshot
+
+    def collect(self) -> Iterator[Metric]:
+        for family in FAMILIES:
+            yield _metric(family, self._snapshot)
+
+
+def _metric(family: Family, snapshot: DaemonSnapshot) -> Metric:
+    if family.kind == "histogram":
+        return _latency(family, snapshot)
+    make = CounterMetricFamily if family.kind == "counter" else GaugeMetricFamily
+    metric = make(family.name, family.meaning, labels=family.labels)
+    for labels, value in family.read(snapshot):
+        metric.add_metric(labels, float(value))
+    return metric
+
+
+def _latency(family: Family, snapshot: DaemonSnapshot) -> Metric:
+    metric = HistogramMetricFamily(family.name, family.meaning, labels=family.labels)
+    bounds = [str(bound) for bound in LATENCY_BOUNDS_S] + ["+Inf"]
+    for verb in snapshot.verbs:
+        buckets = list(zip(bounds, map(float, accumulate(verb.latency_counts)), strict=True))
+        metric.add_metric((verb.verb,), buckets, verb.latency_sum_s)
+    return metric
+
+
+def exposition(snapshot: DaemonSnapshot) -> bytes:
+    """The snapshot in Prometheus's text format (a few milliseconds: never on the owner thread)."""
+    registry = CollectorRegistry()
+    registry.register(SnapshotCollector(snapshot))
+    return generate_latest(registry)

@@ -1,0 +1,222 @@
+"""The owner loop: one thread holds the store and serves everybody, and never waits for anything but the next event.
+
+A turn takes one request, or else everything that is ready beside requests (session packets, questions of other
+threads), then carries out what time has brought, and goes back to wait until the next deadline. It touches no KV byte
+and does no disk I/O, so a turn is short whatever moves elsewhere.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import time
+from collections.abc import Callable
+
+import forebay
+from forebay.daemon import status
+from forebay.daemon.counters import RequestCounters
+from forebay.daemon.live_slabs import LiveSlabs
+from forebay.daemon.logging import fields
+from forebay.daemon.mailbox import Mailbox
+from forebay.daemon.sessions import Sessions
+from forebay.daemon.status import DaemonSnapshot, LoopStats
+from forebay.daemon.verbs import Verbs
+from forebay.kvstore.errors import ForebayError, Internal, TierFull, UnknownSession
+from forebay.kvstore.store import Store
+from forebay.tiers.base import Tier
+from forebay.transports.codec import Envelope, decode_request, encode_error, encode_reply, request_id_of
+from forebay.transports.messages import Reply, Verb
+from forebay.transports.zmq_sockets import ControlServer
+
+log = logging.getLogger(__name__)
+
+_TICK_S = 1.0
+_TICK_MS = 1000
+_STEP_MS = 10
+_LAST_REPLIES_S = 0.1
+
+
+class Owner:
+    """Serves requests until stopped.
+
+    Args:
+        tick: called about once a second with the time, for what the service manager wants to hear.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        *,
+        store: Store,
+        verbs: Verbs,
+        server: ControlServer,
+        sessions: Sessions,
+        memory: LiveSlabs,
+        tiers: tuple[Tier, ...],
+        boot_id: bytes,
+        runtime_dir: str,
+        message_bytes_max: int,
+        tick: Callable[[float], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.mailbox: Mailbox[DaemonSnapshot] = Mailbox()
+        self.last_turn_s = clock()
+        self._store = store
+        self._verbs = verbs
+        self._server = server
+        self._sessions = sessions
+        self._memory = memory
+        self._tiers = tiers
+        self._boot_id = boot_id
+        self._runtime_dir = runtime_dir
+        self._message_bytes_max = message_bytes_max
+        self._tick = tick
+        self._clock = clock
+        self._counters = RequestCounters()
+        self._started_s = self._next_tick_s = clock()
+        self._stop_at: float | None = None
+        self._drained_at: float | None = None
+        self._turns = 0
+        self._busy_s = 0.0
+        self._longest_turn_s = 0.0
+        sessions.epoll.register(server.monitor_fd, select.EPOLLIN)
+        sessions.epoll.register(self.mailbox.fileno(), select.EPOLLIN)
+        server.ring_on(sessions.epoll.fileno())
+
+    def run(self) -> None:
+        """Serve until `stop` was called and what was under way has ended, or its time has."""
+        while not self._stopped():
+            message = self._server.wait(self._wait_ms())
+            started = self._clock()
+            self.last_turn_s = started
+            if message is None:
+                self._serve_descriptors(started)
+            else:
+                self._server.send(message[0], self._answer(message[1]))
+            self._keep_time(started)
+            took_s = self._clock() - started
+            self._turns += 1
+            self._busy_s += took_s
+            self._longest_turn_s = max(self._longest_turn_s, took_s)
+
+    def stop(self, within_s: float) -> None:
+        """Begin to drain: refuse new work, let leases and reservations end, at most for `within_s`. Idempotent."""
+        if self._stop_at is None:
+            self._stop_at = self._clock() + within_s
+            self._store.drain()
+
+    def heartbeat_age_s(self) -> float:
+        """How long ago the last turn began; an idle loop turns about once a second. For any thread."""
+        return self._clock() - self.last_turn_s
+
+    def snapshot(self) -> DaemonSnapshot:
+        """The daemon at this instant; for the owner thread (others ask the mailbox)."""
+        return DaemonSnapshot(
+            version=forebay.__version__,
+            pid=os.getpid(),
+            boot_id=self._boot_id.hex(),
+            uptime_s=self._clock() - self._started_s,
+            state=status.DRAINING if self._store.draining else status.SERVING,
+            runtime_dir=self._runtime_dir,
+            store=self._store.stats(),
+            tiers=tuple(tier.describe() for tier in self._tiers),
+            refused_sessions=dict(self._sessions.refused),
+            verbs=self._counters.freeze(),
+            loop=LoopStats(self._turns, self._busy_s, self._longest_turn_s),
+            process=status.measure_process(),
+        )
+
+    def carry_out(self) -> str:
+        """Do what the store decided since the last call; returns why a slab could not be had, else nothing."""
+        failure = ""
+        effects = self._store.drain_effects()
+        while effects.slabs or effects.generations:
+            done = self._memory.carry_out(effects)
+            for opened, error in done.failed:
+                failure = error.strerror or str(error)
+                log.error("no memory for a slab", extra=fields(ns=opened.ns, slab=opened.slab, error=error))
+                self._store.slab_failed(opened.ns, opened.slab)
+            self._sessions.tell_retired(done.retired)
+            effects = self._store.drain_effects()
+        return failure
+
+    def _stopped(self) -> bool:
+        """Drained, and the last replies had time to be read (a closing socket takes them along), or out of time."""
+        if self._stop_at is None:
+            return False
+        now = self._clock()
+        if self._drained_at is None and self._store.in_use == 0:
+            self._drained_at = now
+            self._stop_at = min(self._stop_at, now + _LAST_REPLIES_S)
+        return now >= self._stop_at
+
+    def _wait_ms(self) -> int:
+        """Until the next deadline, at most a tick; in steps, because a new time-out costs the socket a call."""
+        deadline = self._store.next_deadline()
+        if deadline is None:
+            deadline = self._stop_at
+        elif self._stop_at is not None:
+            deadline = min(deadline, self._stop_at)
+        if deadline is None:
+            return _TICK_MS
+        wanted_ms = int((deadline - self._clock()) * 1000)
+        return min(_TICK_MS, (max(0, wanted_ms) // _STEP_MS + 1) * _STEP_MS)
+
+    def _keep_time(self, now: float) -> None:
+        deadline = self._store.next_deadline()
+        if deadline is not None and deadline <= now:
+            self._store.expire(now)
+            self.carry_out()
+        if now >= self._next_tick_s:
+            self._next_tick_s = now + _TICK_S
+            self._sessions.expire_greetings(now)
+            self._server.watch()
+            self._tick(now)
+
+    def _serve_descriptors(self, now: float) -> None:
+        """Everything but requests, until nothing is ready: the bell rings once for what is new."""
+        while ready := self._sessions.epoll.poll(0):
+            for fd, events in ready:
+                if fd == self.mailbox.fileno():
+                    self.mailbox.answer(self.snapshot)
+                elif fd == self._server.monitor_fd:
+                    self._server.watch()
+                else:
+                    self._sessions.serve(fd, events, now)
+
+    def _answer(self, payload: bytes) -> bytes:
+        """The reply to one message, whatever it is."""
+        now = self._clock()
+        try:
+            envelope = decode_request(payload, self._message_bytes_max)
+        except ForebayError as error:
+            self._counters.observe("undecodable", self._clock() - now, type(error).__name__)
+            return encode_error(request_id_of(error), self._boot_id, error)
+        request_id, name = envelope.request_id, envelope.verb.name.lower()
+        try:
+            answer = encode_reply(request_id, self._boot_id, self._decide(envelope, now))
+        except ForebayError as error:
+            self._counters.observe(name, self._clock() - now, type(error).__name__)
+            return encode_error(request_id, self._boot_id, error)
+        self._counters.observe(name, self._clock() - now)
+        return answer
+
+    def _decide(self, envelope: Envelope, now: float) -> Reply:
+        session_id = self._sessions.session_of(envelope.session_token)
+        if not session_id and (envelope.verb is not Verb.PING or envelope.session_token):
+            raise UnknownSession("the session has ended or was never opened")
+        try:
+            reply = self._verbs.answer(session_id, envelope.verb, envelope.request, now)
+        except ForebayError:
+            self.carry_out()
+            raise
+        except Exception as error:
+            # A bug must cost its request, not the daemon: every other client's leases live here.
+            log.exception("bug", extra=fields(verb=envelope.verb.name, request_id=envelope.request_id))
+            self.carry_out()
+            raise Internal(f"{type(error).__name__} while serving {envelope.verb.name}; see the log") from error
+        failure = self.carry_out()
+        if failure:
+            raise TierFull(f"no memory for a slab: {failure}")
+        return reply

@@ -1,0 +1,242 @@
+"""The daemon put together: the order in which its parts must come and go.
+
+The lock comes first (a second daemon must not disturb the first), then what may fail, then the endpoints, then READY.
+Memory is populated in the background, so the first answer does not wait for it.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import secrets
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
+from types import FrameType
+
+from forebay.daemon.config import Config, ConfigError, derive, diff, keep_unsafe
+from forebay.daemon.http import HttpServer
+from forebay.daemon.live_slabs import LiveSlabs
+from forebay.daemon.logging import fields, setup
+from forebay.daemon.owner import Owner
+from forebay.daemon.sdnotify import Notifier
+from forebay.daemon.sessions import Greeting, Sessions
+from forebay.daemon.status import to_json
+from forebay.daemon.verbs import Verbs
+from forebay.kvstore.errors import BadRequest
+from forebay.kvstore.store import Store, StoreConfig
+from forebay.tiers.host import HostTier
+from forebay.transports import paths
+from forebay.transports.messages import BOOT_ID_BYTES
+from forebay.transports.session import SessionListener
+from forebay.transports.zmq_sockets import ControlServer, connections_within, raise_descriptor_limit
+
+log = logging.getLogger(__name__)
+
+_SWITCH_INTERVAL_S = 1e-4
+"""A thread that computes (metrics) must not make the owner wait for the interpreter's default 5 ms."""
+_GC_THRESHOLDS = (100_000, 20, 100)
+"""The columns of the index hold no cycles; frequent collections only walk them."""
+_DESCRIPTORS_KEPT = 64
+_CLOSE_S = 5.0
+
+
+class Service:
+    """One daemon in this process. `run` is for the main thread; it returns when the daemon has stopped.
+
+    Args:
+        config: the checked tree.
+        notifier: tells the service manager.
+        reload: reads the configuration again (SIGHUP); raises ConfigError.
+    """
+
+    def __init__(self, config: Config, notifier: Notifier, reload: Callable[[], Config]) -> None:
+        self._config = config
+        self._notifier = notifier
+        self._reload = reload
+
+    def run(self) -> None:
+        """Serve until SIGTERM or SIGINT. Raises Busy (a daemon runs here), OSError and ForebayError at start-up."""
+        config = self._config
+        limit = raise_descriptor_limit()
+        with ExitStack() as parts:
+            places = paths.prepare(config.runtime.dir or None)
+            parts.enter_context(closing(paths.DaemonLock(places.lock)))
+            boot_id = secrets.token_bytes(BOOT_ID_BYTES)
+            store = Store(_store_config(config), _new_id)
+            tier = self._start_tier(parts)
+            memory = parts.enter_context(closing(LiveSlabs(store, tier)))
+            sessions = parts.enter_context(closing(self._sessions(places, boot_id, store, memory)))
+            server = parts.enter_context(closing(self._control_server(places, limit)))
+            self._owner = owner = Owner(
+                store=store,
+                verbs=self._verbs(store),
+                server=server,
+                sessions=sessions,
+                memory=memory,
+                tiers=(tier,),
+                boot_id=boot_id,
+                runtime_dir=str(places.directory),
+                message_bytes_max=config.limits.message_bytes,
+                tick=self._tick,
+            )
+            parts.callback(owner.mailbox.close)
+            parts.enter_context(closing(self._start_http()))
+            with self._signals():
+                self._settle()
+                self._announce(places)
+                owner.run()
+            log.info("stopping", extra=fields(leases_and_reservations_cut=store.in_use))
+
+    def stop(self) -> None:
+        """Drain and stop; from a signal handler or another thread."""
+        self._notifier.stopping("draining")
+        self._owner.stop(self._config.shutdown.drain_s)
+        self._owner.mailbox.wake()
+
+    def reload(self) -> None:
+        """Take over what may change while running; what may not is logged and kept."""
+        self._notifier.reloading(time.monotonic())
+        try:
+            fresh = self._reload()
+        except ConfigError as error:
+            log.error("configuration not reloaded", extra=fields(error=error))
+        else:
+            self._apply(fresh)
+        self._notifier.ready("serving")
+
+    def _apply(self, fresh: Config) -> None:
+        changes = diff(self._config, fresh)
+        for change in changes.unsafe:
+            log.warning("needs a restart, kept", extra=fields(key=change.path, old=change.old, new=change.new))
+        self._config = config = keep_unsafe(self._config, fresh)
+        setup(config.runtime.log_level, config.runtime.log_format)
+        self._store.config = _store_config(config)
+        self._verb_table.lease_ttl_s = config.leases.ttl_ms / 1000
+        self._http.stalled_s = config.metrics.stalled_s
+        self._listener.configure(config.limits.sessions, config.access.allowed_uids)
+        for change in changes.safe:
+            log.info("reloaded", extra=fields(key=change.path, old=change.old, new=change.new))
+
+    def _start_tier(self, parts: ExitStack) -> HostTier:
+        host = self._config.host
+        try:
+            tier = HostTier(
+                derive(self._config).capacity_bytes,
+                host.slab_bytes,
+                pages=host.pages,
+                populate=host.populate == "background",
+                populate_threads=host.populate_threads,
+                lock=host.lock,
+                numa_node=host.numa_node,
+            )
+        except ValueError as error:
+            raise BadRequest(f"[host] does not fit this machine: {error}") from error
+        parts.callback(tier.close, _CLOSE_S)
+        tier.start()
+        return tier
+
+    def _control_server(self, places: paths.RuntimePaths, descriptor_limit: int) -> ControlServer:
+        reserved = _DESCRIPTORS_KEPT + 2 * self._config.limits.sessions + 4 * derive(self._config).slabs
+        return ControlServer(
+            places.control,
+            message_bytes_max=self._config.limits.message_bytes,
+            connections_max=connections_within(descriptor_limit, reserved),
+            mode=self._socket_mode(),
+        )
+
+    def _sessions(self, places: paths.RuntimePaths, boot_id: bytes, store: Store, memory: LiveSlabs) -> Sessions:
+        limits = self._config.limits
+        self._store = store
+        self._listener = SessionListener(
+            places.session,
+            sessions_max=limits.sessions,
+            allowed_uids=self._config.access.allowed_uids,
+            mode=self._socket_mode(),
+        )
+        greeting = Greeting(boot_id, limits.message_bytes, limits.hashes)
+        operators = {0, os.geteuid()}
+        return Sessions(self._listener, store, memory, greeting, operators, self._carry_out)
+
+    def _carry_out(self) -> None:
+        self._owner.carry_out()
+
+    def _socket_mode(self) -> int:
+        """Other users, where the configuration lets them in, come through the folder's group."""
+        return 0o660 if self._config.access.allowed_uids else paths.SOCKET_MODE
+
+    def _verbs(self, store: Store) -> Verbs:
+        leases, limits = self._config.leases, self._config.limits
+        self._verb_table = Verbs(store, leases.ttl_ms / 1000, lambda: to_json(self._owner.snapshot()), limits.hashes)
+        return self._verb_table
+
+    def _start_http(self) -> HttpServer:
+        self._http = HttpServer(
+            derive(self._config).listen,
+            self._owner.mailbox.ask,
+            self._owner.heartbeat_age_s,
+            self._config.metrics.stalled_s,
+        )
+        self._http.start()
+        return self._http
+
+    def _settle(self) -> None:
+        sys.setswitchinterval(_SWITCH_INTERVAL_S)
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(*_GC_THRESHOLDS)
+
+    def _announce(self, places: paths.RuntimePaths) -> None:
+        host = self._config.host
+        named = fields(dir=places.directory, host_bytes=host.bytes, slab_bytes=host.slab_bytes, http=self._http.address)
+        log.info("serving", extra=named)
+        self._notifier.ready("serving")
+
+    def _tick(self, now: float) -> None:
+        self._notifier.watchdog(now)
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGTERM and SIGINT stop, SIGHUP reloads; each also ends the owner's wait."""
+        handlers = {signal.SIGTERM: self.stop, signal.SIGINT: self.stop, signal.SIGHUP: self.reload}
+        before = {number: signal.signal(number, _calls(handler)) for number, handler in handlers.items()}
+        wakeup = signal.set_wakeup_fd(self._owner.mailbox.write_fd, warn_on_full_buffer=False)
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(wakeup)
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def run(config: Config, *, notify_socket: str | None, watchdog_usec: int | None, reload: Callable[[], Config]) -> None:
+    """Serve in this process until told to stop; see `Service`."""
+    with closing(Notifier(notify_socket, watchdog_usec)) as notifier:
+        Service(config, notifier, reload).run()
+
+
+def _calls(handler: Callable[[], None]) -> Callable[[int, FrameType | None], None]:
+    return lambda number, frame: handler()
+
+
+def _new_id() -> int:
+    return secrets.randbits(63)
+
+
+def _store_config(config: Config) -> StoreConfig:
+    leases, limits = config.leases, config.limits
+    return StoreConfig(
+        capacity_bytes=derive(config).capacity_bytes,
+        slab_bytes=config.host.slab_bytes,
+        ttl_max_s=leases.ttl_max_ms / 1000,
+        reservation_ttl_s=leases.reservation_ttl_ms / 1000,
+        pin_quota=leases.pin_quota,
+        slab_idle_s=leases.slab_idle_s,
+        sessions_max=limits.sessions,
+        namespaces_max=limits.namespaces,
+        leases_max=limits.leases,
+        reservations_max=limits.reservations,
+    )

@@ -1,0 +1,164 @@
+"""Requests to decisions: what each verb of the wire asks of the store, and how the store's answer is packed.
+
+Pure apart from the clock that is handed in: no sockets, no memory. The owner loop decodes, calls `answer`, carries
+out the store's effects and sends the reply.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from forebay.kvstore.errors import BadRequest
+from forebay.kvstore.groups import Shard
+from forebay.kvstore.outcome import Scope
+from forebay.kvstore.store import Acquired, Store
+from forebay.transports import messages as m
+
+
+class Verbs:
+    """Answers requests of sessions from one store.
+
+    Args:
+        store: the state machine.
+        lease_ttl_s: what a request that names no time gets.
+        status: makes the status document.
+        hashes_max: most hashes in one request.
+    """
+
+    def __init__(self, store: Store, lease_ttl_s: float, status: Callable[[], str], hashes_max: int) -> None:
+        self.store = store
+        self.lease_ttl_s = lease_ttl_s
+        self._status = status
+        self._hashes_max = hashes_max
+        self._by_verb: dict[m.Verb, Callable[[int, Any, float], m.Reply]] = {
+            m.Verb.PING: self._ping,
+            m.Verb.OPEN_NAMESPACE: self._open_namespace,
+            m.Verb.FIND_NAMESPACE: self._find_namespace,
+            m.Verb.LOOKUP: self._lookup,
+            m.Verb.ACQUIRE: self._acquire,
+            m.Verb.RESOLVE: self._resolve,
+            m.Verb.RELEASE: self._release,
+            m.Verb.RESERVE: self._reserve,
+            m.Verb.COMMIT: self._commit,
+            m.Verb.ABORT: self._abort,
+            m.Verb.PIN: self._pin,
+            m.Verb.UNPIN: self._unpin,
+            m.Verb.EVICT: self._evict,
+            m.Verb.TOUCH: self._touch,
+            m.Verb.DONE: self._done,
+            m.Verb.PREFETCH: self._prefetch,
+            m.Verb.STATUS: self._status_document,
+            m.Verb.CHECK: self._check,
+            m.Verb.CLEAR: self._clear,
+        }
+
+    def answer(self, session_id: int, verb: m.Verb, request: m.Request, now: float) -> m.Reply:
+        """The reply to a checked request; raises ForebayError."""
+        return self._by_verb[verb](session_id, request, now)
+
+    def _hashes(self, session_id: int, ns: int, blob: bytes) -> list[bytes]:
+        return m.split_hashes(blob, self.store.shard(session_id, ns).group.spec.hash_bytes, self._hashes_max)
+
+    def _ping(self, session_id: int, request: m.PingRequest, now: float) -> m.PingReply:
+        return m.PingReply()
+
+    def _open_namespace(self, session_id: int, request: m.OpenNamespaceRequest, now: float) -> m.OpenNamespaceReply:
+        return m.OpenNamespaceReply(*_geometry(self.store.open_namespace(session_id, request.spec)))
+
+    def _find_namespace(self, session_id: int, request: m.FindNamespaceRequest, now: float) -> m.FindNamespaceReply:
+        return m.FindNamespaceReply(
+            *_geometry(self.store.find_namespace(session_id, request.fingerprint_prefix, request.rank))
+        )
+
+    def _lookup(self, session_id: int, request: m.LookupRequest, now: float) -> m.LookupReply:
+        rows = self.store.lookup(session_id, request.ns, self._hashes(session_id, request.ns, request.blob), now)
+        by_tier = ((self.store.tier.name, len(rows)),) if rows else ()
+        return m.LookupReply(len(rows), by_tier, 0, "")
+
+    def _acquire(self, session_id: int, request: m.AcquireRequest, now: float) -> m.AcquireReply:
+        hashes = self._hashes(session_id, request.ns, request.blob)
+        ttl_s = request.ttl_ms / 1000 or self.lease_ttl_s
+        acquired = self.store.acquire(session_id, request.ns, hashes, ttl_s, now)
+        return m.AcquireReply(acquired.lease_id, *_blobs(acquired))
+
+    def _resolve(self, session_id: int, request: m.ResolveRequest, now: float) -> m.ResolveReply:
+        return m.ResolveReply(*_blobs(self.store.resolve(session_id, request.ns, request.lease)))
+
+    def _release(self, session_id: int, request: m.ReleaseRequest, now: float) -> m.ReleaseReply:
+        self.store.release(session_id, request.lease)
+        return m.ReleaseReply()
+
+    def _reserve(self, session_id: int, request: m.ReserveRequest, now: float) -> m.ReserveReply:
+        hashes = self._hashes(session_id, request.ns, request.blob)
+        width = self.store.shard(session_id, request.ns).group.spec.hash_bytes
+        if len(request.parent) not in (0, width):
+            raise BadRequest(f"parent must be empty or {width} bytes")
+        reserved = self.store.reserve(session_id, request.ns, request.parent, hashes, now)
+        return m.ReserveReply(
+            reserved.reservation_id,
+            bytes(reserved.outcomes),
+            reserved.slots.tobytes(),
+            reserved.generations.tobytes(),
+        )
+
+    def _commit(self, session_id: int, request: m.CommitRequest, now: float) -> m.CommitReply:
+        return m.CommitReply(self.store.commit(session_id, request.reservation, m.split_u32(request.failed), now))
+
+    def _abort(self, session_id: int, request: m.AbortRequest, now: float) -> m.AbortReply:
+        self.store.abort(session_id, request.reservation)
+        return m.AbortReply()
+
+    def _pin(self, session_id: int, request: m.PinRequest, now: float) -> m.PinReply:
+        hashes = self._hashes(session_id, request.ns, request.blob)
+        return m.PinReply(self.store.pin(session_id, request.ns, hashes))
+
+    def _unpin(self, session_id: int, request: m.UnpinRequest, now: float) -> m.UnpinReply:
+        hashes = self._hashes(session_id, request.ns, request.blob)
+        return m.UnpinReply(self.store.unpin(session_id, request.ns, hashes))
+
+    def _evict(self, session_id: int, request: m.EvictRequest, now: float) -> m.EvictReply:
+        hashes = self._hashes(session_id, request.ns, request.blob)
+        done = self.store.evict(session_id, request.ns, Scope(request.scope), hashes, dry_run=request.dry_run)
+        return m.EvictReply(done.removed, done.kept)
+
+    def _touch(self, session_id: int, request: m.TouchRequest, now: float) -> m.TouchReply:
+        hashes = self._hashes(session_id, request.ns, request.blob)
+        return m.TouchReply(self.store.touch(session_id, request.ns, hashes, now))
+
+    def _done(self, session_id: int, request: m.DoneRequest, now: float) -> m.DoneReply:
+        hashes = self._hashes(session_id, request.ns, request.blob)
+        return m.DoneReply(self.store.done(session_id, request.ns, hashes))
+
+    def _prefetch(self, session_id: int, request: m.PrefetchRequest, now: float) -> m.PrefetchReply:
+        hashes = self._hashes(session_id, request.ns, request.blob)
+        return m.PrefetchReply(self.store.touch(session_id, request.ns, hashes, now), 0)
+
+    def _status_document(self, session_id: int, request: m.StatusRequest, now: float) -> m.StatusReply:
+        return m.StatusReply(self._status())
+
+    def _check(self, session_id: int, request: m.CheckRequest, now: float) -> m.CheckReply:
+        problems = self.store.check()[: m.PROBLEMS_MAX]
+        return m.CheckReply(tuple(problem[: m.TEXT_CHARS_MAX] for problem in problems))
+
+    def _clear(self, session_id: int, request: m.ClearRequest, now: float) -> m.ClearReply:
+        done = self.store.clear(session_id, dry_run=request.dry_run)
+        return m.ClearReply(done.removed, done.kept)
+
+
+def _geometry(shard: Shard) -> tuple[int, bytes, int, int, int, int, int]:
+    """The fields of a namespace reply, in the wire's order."""
+    spec, slots = shard.group.spec, shard.slots
+    return (
+        shard.ns,
+        shard.group.fingerprint,
+        slots.block_bytes,
+        slots.slot_bytes,
+        slots.slots_per_slab,
+        spec.hash_bytes,
+        spec.block_tokens,
+    )
+
+
+def _blobs(acquired: Acquired) -> tuple[bytes, bytes]:
+    return acquired.slots.tobytes(), acquired.generations.tobytes()

@@ -1,0 +1,75 @@
+"""A daemon's snapshot out of thin air, for the modules that only read one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
+
+import pytest
+
+from forebay.daemon.counters import RequestCounters
+from forebay.daemon.status import DaemonSnapshot, LoopStats, ProcessStats
+from forebay.kvstore.stats import Counters, NamespaceStats, StoreStats, TierStats
+from forebay.tiers.base import TierInfo
+
+
+def tier_info(up: bool = True, reason: str = "") -> TierInfo:
+    return TierInfo(
+        "host", 1 << 30, 1 << 24, 64, "thp", (("thp", 64),), 1 << 29, 4096, 0, ("memory is not locked",), up, reason
+    )
+
+
+def store_stats(namespaces: int = 1) -> StoreStats:
+    tier = TierStats("host", 1 << 30, 1 << 24, 64, 10, 123 << 20, 1000, 100, 20, 3, 877)
+    named = tuple(
+        NamespaceStats(f"{number:064x}", f"model-{number}", 1000, 16, 2048, 1, 100 + number, 1, 2, 204800 + number, 5.0)
+        for number in range(namespaces)
+    )
+    counters = Counters(**{each.name: 1000 + position for position, each in enumerate(fields(Counters))})
+    return StoreStats(
+        tiers=(tier,),
+        namespaces=named,
+        sessions=3,
+        leases=4,
+        leased_blocks=40,
+        reservations=5,
+        quarantined_reservations=1,
+        pinned_blocks=7,
+        draining=False,
+        counters=counters,
+    )
+
+
+@pytest.fixture
+def make_snapshot() -> Callable[..., DaemonSnapshot]:
+    """A snapshot with every counter different; keyword arguments replace fields, ``namespaces`` their number."""
+
+    def make(namespaces: int = 1, **replaced: Any) -> DaemonSnapshot:
+        counters = RequestCounters()
+        counters.observe("lookup", 3e-5)
+        counters.observe("lookup", 2.0)
+        counters.observe("reserve", 1e-3, "Busy")
+        given: dict[str, Any] = {
+            "version": "9.9.9",
+            "pid": 4242,
+            "boot_id": "ab" * 16,
+            "uptime_s": 93784.5,
+            "state": "serving",
+            "runtime_dir": "/run/forebay",
+            "store": store_stats(namespaces),
+            "tiers": (tier_info(),),
+            "refused_sessions": {"Forbidden": 2},
+            "verbs": counters.freeze(),
+            "loop": LoopStats(77, 1.5, 0.25),
+            "process": ProcessStats(30 << 20, 12.5, 60, 1024, 5),
+        }
+        return DaemonSnapshot(**given | replaced)
+
+    return make
+
+
+@pytest.fixture
+def make_tier() -> Callable[..., TierInfo]:
+    """A host tier's description; ``up`` and ``reason`` may be given."""
+    return tier_info

@@ -1,0 +1,120 @@
+"""Every verb of the wire is answered by the store, whatever the session holds."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from forebay.daemon.verbs import Verbs
+from forebay.kvstore.errors import BadRequest, ForebayError, LayoutError, UnknownNamespace
+from forebay.kvstore.namespace import NamespaceSpec
+from forebay.kvstore.outcome import Outcome
+from forebay.kvstore.store import Store, StoreConfig
+from forebay.transports import messages as m
+
+SPEC = NamespaceSpec("m", "r", "uint8", 16, (4096,))
+HASHES = [bytes([number]) * 32 for number in range(1, 9)]
+BLOB = b"".join(HASHES)
+
+
+@pytest.fixture
+def store() -> Store:
+    counter = itertools.count(1)
+    made = Store(StoreConfig(1 << 20, 1 << 16), lambda: next(counter))
+    made.open_session(1, 0, operator=True)
+    return made
+
+
+@pytest.fixture
+def verbs(store: Store) -> Verbs:
+    return Verbs(store, lease_ttl_s=30.0, status=lambda: "{}", hashes_max=64)
+
+
+def ask(verbs: Verbs, request: m.Request, now: float = 0.0) -> m.Reply:
+    """The reply, checked as a client would check it."""
+    reply = verbs.answer(1, request.verb, request, now)
+    assert type(reply) is m.REPLIES[request.verb]
+    reply.check()
+    return reply
+
+
+def open_namespace(verbs: Verbs) -> m.OpenNamespaceReply:
+    reply = ask(verbs, m.OpenNamespaceRequest(SPEC))
+    assert isinstance(reply, m.OpenNamespaceReply)
+    return reply
+
+
+def stored(verbs: Verbs) -> int:
+    """A namespace that holds HASHES."""
+    ns = open_namespace(verbs).ns
+    reserved = ask(verbs, m.ReserveRequest(ns, b"", BLOB))
+    assert isinstance(reserved, m.ReserveReply)
+    assert reserved.outcomes == bytes([Outcome.WRITE]) * len(HASHES)
+    ask(verbs, m.CommitRequest(reserved.reservation))
+    return ns
+
+
+def test_every_verb_has_an_answer(verbs: Verbs) -> None:
+    ns = stored(verbs)
+    lease = ask(verbs, m.AcquireRequest(ns, BLOB, 0))
+    assert isinstance(lease, m.AcquireReply)
+    again = ask(verbs, m.ReserveRequest(ns, HASHES[-1], b"\x55" * 32))
+    assert isinstance(again, m.ReserveReply)
+    requests = [
+        m.PingRequest(),
+        m.OpenNamespaceRequest(SPEC),
+        m.FindNamespaceRequest(SPEC.group_fingerprint()[:4], 0),
+        m.LookupRequest(ns, BLOB),
+        m.AcquireRequest(ns, BLOB, 100),
+        m.ResolveRequest(ns, lease.lease),
+        m.ReleaseRequest(lease.lease),
+        m.ReserveRequest(ns, b"", BLOB),
+        m.CommitRequest(again.reservation, m.join_u32([0])),
+        m.PinRequest(ns, BLOB[:32]),
+        m.UnpinRequest(ns, BLOB[:32]),
+        m.TouchRequest(ns, BLOB),
+        m.DoneRequest(ns, BLOB),
+        m.PrefetchRequest(ns, BLOB),
+        m.EvictRequest(ns, 1, BLOB[-32:], False),
+        m.StatusRequest(),
+        m.CheckRequest(),
+        m.ClearRequest(True),
+    ]
+    for request in requests:
+        ask(verbs, request)
+    last = ask(verbs, m.ReserveRequest(ns, b"", b"\x66" * 32))
+    assert isinstance(last, m.ReserveReply)
+    ask(verbs, m.AbortRequest(last.reservation))
+    assert {request.verb for request in requests} | {m.Verb.ABORT} == set(m.Verb)
+
+
+def test_lookup_names_the_tier(verbs: Verbs) -> None:
+    reply = ask(verbs, m.LookupRequest(stored(verbs), BLOB + b"\x77" * 32))
+    assert isinstance(reply, m.LookupReply)
+    assert (reply.blocks, reply.by_tier) == (len(HASHES), (("host", len(HASHES)),))
+
+
+def test_lease_without_a_time_gets_the_configured_one(verbs: Verbs, store: Store) -> None:
+    ask(verbs, m.AcquireRequest(stored(verbs), BLOB, 0), now=100.0)
+    assert store.next_deadline() == 130.0
+
+
+@pytest.mark.parametrize(
+    ("request_of", "error"),
+    [
+        (lambda ns: m.LookupRequest(ns + 1, BLOB), UnknownNamespace),
+        (lambda ns: m.LookupRequest(ns, BLOB[:-1]), BadRequest),
+        (lambda ns: m.LookupRequest(ns, BLOB * 9), BadRequest),
+        (lambda ns: m.ReserveRequest(ns, b"x" * 16, BLOB), BadRequest),
+        (lambda ns: m.OpenNamespaceRequest(NamespaceSpec("m", "r", "u8", 16, (1 << 17,))), LayoutError),
+    ],
+)
+def test_bad_requests_are_refused_and_change_nothing(verbs: Verbs, store: Store, request_of, error) -> None:
+    ns = stored(verbs)
+    before = store.stats()
+    with pytest.raises(error):
+        ask(verbs, request_of(ns))
+    after = store.stats()
+    assert (after.tiers, after.leases, after.reservations) == (before.tiers, before.leases, before.reservations)
+    assert issubclass(error, ForebayError)

@@ -1,0 +1,138 @@
+"""A real daemon in a process of its own, started the way an operator starts it and stopped with the test.
+
+Readiness is what the service manager is told (READY=1 over NOTIFY_SOCKET), so nothing polls for it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from forebay.daemon.control_link import ControlLink
+from forebay.transports.messages import CheckReply, CheckRequest, StatusReply, StatusRequest
+
+FOREBAY = str(Path(sys.executable).parent / "forebay")
+START_S = 30.0
+STOP_S = 15.0
+
+
+class LiveDaemon:
+    """`forebay serve` on a runtime directory of its own. Settings are flags: ``{"leases.ttl_ms": 200}``."""
+
+    def __init__(
+        self, settings: dict[str, object] | None = None, *, host_bytes: str = "64MiB", descriptors: int = 0
+    ) -> None:
+        """`descriptors` is the most files it may open; 0 for this process's limit."""
+        self._folder = tempfile.TemporaryDirectory(prefix="forebay-test-")
+        self.runtime_dir = Path(self._folder.name) / "run"
+        self.log_path = Path(self._folder.name) / "log"
+        self._limit = ["prlimit", f"--nofile={descriptors}:{descriptors}"] if descriptors else []
+        self._settings = {"host.bytes": host_bytes, "metrics.listen": "off", **(settings or {})}
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        self.stop()
+        if error is not None:
+            print(self.log_path.read_text(errors="replace")[-8000:], file=sys.stderr)
+        self._folder.cleanup()
+
+    @property
+    def pid(self) -> int:
+        assert self.process is not None
+        return self.process.pid
+
+    def start(self) -> None:
+        """Start, and return when it says that it is ready."""
+        flags = [part for key, value in self._settings.items() for part in ("--set", f"{key}={value}")]
+        notify = str(Path(self._folder.name) / "notify")
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as ready, self.log_path.open("ab") as log:
+            Path(notify).unlink(missing_ok=True)
+            ready.bind(notify)
+            self.process = subprocess.Popen(
+                [*self._limit, FOREBAY, "serve", "--runtime-dir", str(self.runtime_dir), *flags],
+                stdout=log,
+                stderr=log,
+                env={**os.environ, "NOTIFY_SOCKET": notify},
+            )
+            self._wait_ready(ready)
+
+    def kill(self) -> None:
+        """SIGKILL, as the out-of-memory killer does."""
+        assert self.process is not None
+        self.process.kill()
+        self.process.wait(STOP_S)
+
+    def restart(self) -> None:
+        self.kill()
+        self.start()
+
+    def stop(self) -> int:
+        """SIGTERM; returns the exit code. What does not stop in time is killed."""
+        assert self.process is not None
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        try:
+            return self.process.wait(STOP_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            return self.process.wait(STOP_S)
+
+    def link(self) -> ControlLink:
+        """An operator's connection."""
+        return ControlLink(str(self.runtime_dir), timeout_s=10.0)
+
+    def status(self) -> dict[str, Any]:
+        with self.link() as link:
+            return json.loads(link.call(StatusRequest(), StatusReply).document)
+
+    def problems(self) -> tuple[str, ...]:
+        """Violated invariants, as the daemon itself finds them."""
+        with self.link() as link:
+            return link.call(CheckRequest(), CheckReply).problems
+
+    def store(self) -> dict[str, Any]:
+        """The core's part of the status; this very question's session is not counted."""
+        store = self.status()["store"]
+        store["sessions"] -= 1
+        return store
+
+    def _wait_ready(self, ready: socket.socket) -> None:
+        deadline = time.monotonic() + START_S
+        ready.settimeout(0.1)
+        while time.monotonic() < deadline:
+            try:
+                if b"READY=1" in ready.recv(4096):
+                    return
+            except TimeoutError:
+                assert self.process is not None
+                if self.process.poll() is not None:
+                    break
+        raise AssertionError(f"the daemon did not start: {self.log_path.read_text(errors='replace')[-4000:]}")
+
+
+def eventually(condition: Callable[[], bool], what: str, within_s: float = 10.0) -> float:
+    """Wait until the condition holds; returns the seconds it took. Fails, naming `what`, after `within_s`."""
+    started = time.monotonic()
+    pause = threading.Event()
+    while not condition():
+        if time.monotonic() - started > within_s:
+            raise AssertionError(f"not within {within_s} s: {what}")
+        pause.wait(0.005)
+    return time.monotonic() - started
