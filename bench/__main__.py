@@ -1,0 +1,132 @@
+"""`python -P -m forebay.bench`: run the sections that the wanted figures need, print a table or one JSON object.
+
+Exit status: 0 every figure with a target met it, 1 not so, 2 usage, 130 interrupted. A section that fails leaves its
+figures without a value and the others untouched.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import FrameType
+
+from forebay.bench import control, copies, footprint
+from forebay.bench.engine_memory import PAGED, PLAIN
+from forebay.bench.figures import TARGETS, Figure, passed, table, to_json
+from forebay.bench.plan import Plan
+from forebay.bench.processes import BenchError, Cores
+from forebay.kvstore.errors import ForebayError
+
+QUICK_S, FULL_S = 47, 460
+"""No run takes longer; what was not measured by then fails."""
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """Figures that share a daemon."""
+
+    figures: tuple[str, ...]
+    measure: Callable[[Plan], Iterator[Figure]]
+
+
+SECTIONS = (
+    Section(("ping_ratio",), control.ping),
+    Section((*control.LOOKUP_NAMES, *control.PRESENT_NAMES, *control.BUSY_NAMES), control.index),
+    *(Section(copies.layout_names(each), partial(copies.one_client, layout=each)) for each in (*PLAIN, PAGED)),
+    Section(("start_ms",), footprint.start),
+    Section(("idle_rss_mib", "idle_cpu_percent"), footprint.idle),
+    Section(("rss_bytes_per_block",), footprint.metadata),
+    Section(("fill_ratio", "unanswered_stores"), footprint.full_tier),
+    Section(copies.client_names(), copies.many_clients),
+)
+NAMES = tuple(name for section in SECTIONS for name in section.figures)
+
+
+class OutOfTime(BenchError):
+    """The whole run took too long."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure and print; see the module's text for the status."""
+    parsed = _parser().parse_args(arguments)
+    unknown = sorted(set(parsed.only or ()) - set(NAMES))
+    if unknown:
+        print(f"forebay bench: unknown figure {unknown[0]!r}; known: {', '.join(NAMES)}", file=sys.stderr)
+        return 2
+    directory = Path(tempfile.mkdtemp(prefix="forebay-bench-"))
+    plan = Plan(parsed.quick, directory, Cores.here(), frozenset(parsed.only or NAMES), _progress)
+    signal.signal(signal.SIGTERM, _terminated)
+    signal.signal(signal.SIGALRM, _out_of_time)
+    signal.alarm(plan.pick(QUICK_S, FULL_S))
+    started = time.monotonic()
+    try:
+        figures = list(run(plan))
+    except KeyboardInterrupt:
+        return 130
+    finally:
+        signal.alarm(0)
+        if parsed.keep_runtime:
+            _progress(f"logs and sockets are in {directory}")
+        else:
+            shutil.rmtree(directory, ignore_errors=True)
+    print(to_json(figures) if parsed.json else table(figures))
+    _progress(f"done in {time.monotonic() - started:.0f} s")
+    return 0 if passed(figures) else 1
+
+
+def run(plan: Plan, sections: Sequence[Section] = SECTIONS) -> Iterator[Figure]:
+    """The wanted figures, in order; those that could not be measured have no value and the reason as note."""
+    out_of_time = False
+    for section in sections:
+        missing = [name for name in section.figures if name in plan.wanted]
+        if not missing:
+            continue
+        failure = "out of time" if out_of_time else ""
+        try:
+            for figure in section.measure(plan) if not out_of_time else ():
+                if figure.name in missing:
+                    missing.remove(figure.name)
+                    yield figure
+        except (BenchError, ForebayError, OSError) as error:
+            failure = str(error)
+            out_of_time = isinstance(error, OutOfTime)
+            plan.progress(f"failed: {failure}")
+        left_out = [name for name in missing if failure or name in TARGETS or not plan.quick]
+        yield from (Figure(name, None, "", note=f"not measured: {failure or 'left out'}") for name in left_out)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="forebay bench",
+        description="Measure a daemon of its own on this machine, each figure beside its bound.",
+        epilog="exit status: 0 all targets met, 1 not so, 2 usage. docs/benchmarks.md says what the figures mean.",
+    )
+    parser.add_argument("--quick", action="store_true", help="at most 50 s; fewer repetitions and sizes")
+    parser.add_argument("--json", action="store_true", help="one JSON object: figure name -> its value and the rest")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these figures alone")
+    parser.add_argument("--keep-runtime", action="store_true", help="leave the daemons' logs behind and say where")
+    return parser
+
+
+def _progress(text: str) -> None:
+    print(f"bench: {text}", file=sys.stderr, flush=True)
+
+
+def _terminated(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _out_of_time(number: int, frame: FrameType | None) -> None:
+    raise OutOfTime("out of time")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
