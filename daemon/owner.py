@@ -31,6 +31,7 @@ from forebay.transports.zmq_sockets import ControlServer
 
 log = logging.getLogger(__name__)
 
+_ROUNDS_MAX = 8
 _TICK_S = 1.0
 _TICK_MS = 1000
 _STEP_MS = 10
@@ -77,6 +78,7 @@ class Owner:
         self._started_s = self._next_tick_s = clock()
         self._stop_at: float | None = None
         self._drained_at: float | None = None
+        self._unserved = False
         self._turns = 0
         self._busy_s = 0.0
         self._longest_turn_s = 0.0
@@ -87,13 +89,13 @@ class Owner:
     def run(self) -> None:
         """Serve until `stop` was called and what was under way has ended, or its time has."""
         while not self._stopped():
-            message = self._server.wait(self._wait_ms())
+            message = self._server.wait(0 if self._unserved else self._wait_ms())
             started = self._clock()
             self.last_turn_s = started
-            if message is None:
-                self._serve_descriptors(started)
-            else:
+            if message is not None:
                 self._server.send(message[0], self._answer(message[1]))
+            if message is None or self._unserved:
+                self._serve_descriptors(started)
             self._keep_time(started)
             took_s = self._clock() - started
             self._turns += 1
@@ -175,8 +177,16 @@ class Owner:
             self._tick(now)
 
     def _serve_descriptors(self, now: float) -> None:
-        """Everything but requests, until nothing is ready: the bell rings once for what is new."""
-        while ready := self._sessions.epoll.poll(0):
+        """Everything but requests, until nothing is ready: the bell rings once for what is new.
+
+        Bounded, so that a client that floods its session cannot keep others' requests waiting: what is left is taken
+        up again after the next request, or at once when none waits.
+        """
+        for _ in range(_ROUNDS_MAX):
+            ready = self._sessions.epoll.poll(0)
+            self._unserved = bool(ready)
+            if not ready:
+                return
             for fd, events in ready:
                 if fd == self.mailbox.fileno():
                     self.mailbox.answer(self.snapshot)

@@ -184,7 +184,7 @@ class Sessions:
 
     def _watch_outbox(self, peer: SessionPeer) -> None:
         if peer.wants_write and peer.fileno() in self._by_fd:
-            self.epoll.modify(peer.fileno(), select.EPOLLIN | select.EPOLLOUT)
+            self.epoll.modify(peer.fileno(), select.EPOLLOUT)  # until it has read, it is not read from
 
     def _detach(self, attached: _Attached, reason: str) -> None:
         peer, session_id = attached.peer, attached.session_id

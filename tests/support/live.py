@@ -37,6 +37,10 @@ class LiveDaemon:
         self._folder = tempfile.TemporaryDirectory(prefix="forebay-test-")
         self.runtime_dir = Path(self._folder.name) / "run"
         self.log_path = Path(self._folder.name) / "log"
+        self.config_path = Path(self._folder.name) / "forebay.toml"
+        self.config_path.write_text("")
+        self.messages: list[bytes] = []
+        self._ready: socket.socket | None = None
         self._limit = ["prlimit", f"--nofile={descriptors}:{descriptors}"] if descriptors else []
         self._settings = {"host.bytes": host_bytes, "metrics.listen": "off", **(settings or {})}
         self.process: subprocess.Popen[bytes] | None = None
@@ -51,6 +55,7 @@ class LiveDaemon:
         self.stop()
         if error is not None:
             print(self.log_path.read_text(errors="replace")[-8000:], file=sys.stderr)
+        self._close_ready()
         self._folder.cleanup()
 
     @property
@@ -61,8 +66,11 @@ class LiveDaemon:
     def start(self) -> None:
         """Start, and return when it says that it is ready."""
         flags = [part for key, value in self._settings.items() for part in ("--set", f"{key}={value}")]
+        flags += ["--config", str(self.config_path)]
         notify = str(Path(self._folder.name) / "notify")
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as ready, self.log_path.open("ab") as log:
+        self._close_ready()
+        self._ready = ready = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        with self.log_path.open("ab") as log:
             Path(notify).unlink(missing_ok=True)
             ready.bind(notify)
             self.process = subprocess.Popen(
@@ -71,7 +79,7 @@ class LiveDaemon:
                 stderr=log,
                 env={**os.environ, "NOTIFY_SOCKET": notify},
             )
-            self._wait_ready(ready)
+        self.wait_for(b"READY=1")
 
     def kill(self) -> None:
         """SIGKILL, as the out-of-memory killer does."""
@@ -113,18 +121,28 @@ class LiveDaemon:
         store["sessions"] -= 1
         return store
 
-    def _wait_ready(self, ready: socket.socket) -> None:
+    def wait_for(self, state: bytes) -> None:
+        """Until the daemon tells its service manager this; what it told is kept in `messages`."""
+        assert self._ready is not None
+        assert self.process is not None
         deadline = time.monotonic() + START_S
-        ready.settimeout(0.1)
+        self._ready.settimeout(0.1)
         while time.monotonic() < deadline:
             try:
-                if b"READY=1" in ready.recv(4096):
-                    return
+                self.messages.append(self._ready.recv(4096))
             except TimeoutError:
-                assert self.process is not None
                 if self.process.poll() is not None:
                     break
-        raise AssertionError(f"the daemon did not start: {self.log_path.read_text(errors='replace')[-4000:]}")
+            else:
+                if state in self.messages[-1]:
+                    return
+        log = self.log_path.read_text(errors="replace")[-4000:]
+        raise AssertionError(f"the daemon did not say {state!r}: {log}")
+
+    def _close_ready(self) -> None:
+        if self._ready is not None:
+            self._ready.close()
+            self._ready = None
 
 
 def eventually(condition: Callable[[], bool], what: str, within_s: float = 10.0) -> float:
