@@ -19,7 +19,7 @@ from pathlib import Path
 from types import FrameType
 
 from forebay.bench import control, copies, footprint
-from forebay.bench.engine_memory import PAGED, PLAIN
+from forebay.bench.engine_memory import PAGED, PLAIN, UNALIGNED, Layout
 from forebay.bench.figures import TARGETS, Figure, passed, table, to_json
 from forebay.bench.plan import Plan
 from forebay.bench.processes import BenchError, Cores
@@ -31,21 +31,26 @@ QUICK_S, FULL_S = 47, 460
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """Figures that share a daemon."""
+    """Figures that share a daemon; some only when there is time or when they are asked for by name."""
 
     figures: tuple[str, ...]
     measure: Callable[[Plan], Iterator[Figure]]
+    in_quick: bool = True
+
+
+def _copies(layout: Layout, *, in_quick: bool = True) -> Section:
+    return Section(copies.layout_names(layout), partial(copies.one_client, layout=layout), in_quick)
 
 
 SECTIONS = (
     Section(("ping_ratio",), control.ping),
     Section((*control.LOOKUP_NAMES, *control.PRESENT_NAMES, *control.BUSY_NAMES), control.index),
-    *(Section(copies.layout_names(each), partial(copies.one_client, layout=each)) for each in (*PLAIN, PAGED)),
     Section(("start_ms",), footprint.start),
-    Section(("idle_rss_mib", "idle_cpu_percent"), footprint.idle),
-    Section(("rss_bytes_per_block",), footprint.metadata),
+    Section((*footprint.IDLE_NAMES, "rss_bytes_per_block"), footprint.resting),
     Section(("fill_ratio", "unanswered_stores"), footprint.full_tier),
-    Section(copies.client_names(), copies.many_clients),
+    *map(_copies, (*PLAIN, PAGED)),
+    *(_copies(layout, in_quick=False) for layout in UNALIGNED),
+    Section(copies.client_names(), copies.many_clients, in_quick=False),
 )
 NAMES = tuple(name for section in SECTIONS for name in section.figures)
 
@@ -61,12 +66,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unknown:
         print(f"forebay bench: unknown figure {unknown[0]!r}; known: {', '.join(NAMES)}", file=sys.stderr)
         return 2
+    chosen = [name for each in SECTIONS if each.in_quick or not parsed.quick for name in each.figures]
     directory = Path(tempfile.mkdtemp(prefix="forebay-bench-"))
-    plan = Plan(parsed.quick, directory, Cores.here(), frozenset(parsed.only or NAMES), _progress)
+    plan = Plan(parsed.quick, directory, Cores.here(), frozenset(parsed.only or chosen), _Progress())
     signal.signal(signal.SIGTERM, _terminated)
     signal.signal(signal.SIGALRM, _out_of_time)
     signal.alarm(plan.pick(QUICK_S, FULL_S))
-    started = time.monotonic()
     try:
         figures = list(run(plan))
     except KeyboardInterrupt:
@@ -74,11 +79,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     finally:
         signal.alarm(0)
         if parsed.keep_runtime:
-            _progress(f"logs and sockets are in {directory}")
+            plan.progress(f"logs and sockets are in {directory}")
         else:
             shutil.rmtree(directory, ignore_errors=True)
     print(to_json(figures) if parsed.json else table(figures))
-    _progress(f"done in {time.monotonic() - started:.0f} s")
+    plan.progress("done")
     return 0 if passed(figures) else 1
 
 
@@ -116,8 +121,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _progress(text: str) -> None:
-    print(f"bench: {text}", file=sys.stderr, flush=True)
+class _Progress:
+    """Lines on standard error, with the seconds gone."""
+
+    def __init__(self) -> None:
+        self._started = time.monotonic()
+
+    def __call__(self, text: str) -> None:
+        print(f"bench: {time.monotonic() - self._started:5.1f} s  {text}", file=sys.stderr, flush=True)
 
 
 def _terminated(number: int, frame: FrameType | None) -> None:

@@ -106,9 +106,16 @@ def shared_array(size_bytes: int, pages: str) -> Bytes:
     return array
 
 
-def heap_array(size_bytes: int) -> Bytes:
-    """Touched private memory, as an engine's pool."""
-    array = np.empty(size_bytes, np.uint8)
+def heap_array(size_bytes: int, *, past_bytes: int = 0) -> Bytes:
+    """Touched private memory on huge pages, as an engine's pool; it begins `past_bytes` past a huge page's start.
+
+    All heap here is alike, bounds included: arrays of different sizes from malloc would lie on different pages.
+    """
+    mapping = mmap.mmap(-1, size_bytes + 2 * HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    mapping.madvise(mmap.MADV_HUGEPAGE)
+    whole = np.frombuffer(mapping, np.uint8)
+    start = -int(whole.__array_interface__["data"][0]) % HUGE_PAGE_BYTES + past_bytes
+    array = whole[start : start + size_bytes]
     array[:] = 2
     return array
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from forebay.bench.bounds import Memcpy, pages_of
-from forebay.bench.engine_memory import PAGED, PLAIN, Layout, Pool, chain, contiguous
+from forebay.bench.engine_memory import PLAIN, Layout, Pool, chain, contiguous
 from forebay.bench.figures import GIB, MIB, Figure
 from forebay.bench.plan import Plan, pinned
 from forebay.bench.processes import BenchError, Cores, Daemon, Worker
@@ -34,9 +34,13 @@ def names(layout: Layout, total: int = SMALL) -> tuple[str, str, str]:
     return f"fetch_{suffix}_ratio", f"store_{suffix}_ratio", f"store_present_{suffix}_us_per_block"
 
 
+def totals_of(layout: Layout) -> tuple[int, ...]:
+    """Sizes of transfer measured of a layout."""
+    return tuple(TOTALS) if layout in PLAIN else (SMALL,)
+
+
 def layout_names(layout: Layout) -> tuple[str, ...]:
-    totals = (SMALL,) if layout is PAGED else tuple(TOTALS)
-    return tuple(name for total in totals for name in names(layout, total))
+    return tuple(name for total in totals_of(layout) for name in names(layout, total))
 
 
 def client_names(counts: tuple[int, ...] = CLIENTS) -> tuple[str, ...]:
@@ -45,8 +49,8 @@ def client_names(counts: tuple[int, ...] = CLIENTS) -> tuple[str, ...]:
 
 def one_client(plan: Plan, layout: Layout) -> Iterator[Figure]:
     """Fetch and store of one layout, 64 MiB and 1 GiB."""
-    totals = [total for total in TOTALS if plan.wants(*names(layout, total))]
-    if layout is PAGED or (plan.quick and layout is not PLAIN[0]):
+    totals = [total for total in totals_of(layout) if plan.wants(*names(layout, total))]
+    if plan.quick and layout is not PLAIN[0]:
         totals = [total for total in totals if total == SMALL]
     if LARGE in totals and _available_bytes() < MEMORY_NEEDED_BYTES:
         plan.progress("not enough free memory for 1 GiB transfers")
@@ -129,7 +133,7 @@ def _rate(name: str, pair: Pair, pool: Pool) -> Figure:
 
 def many_clients(plan: Plan) -> Iterator[Figure]:
     """1 to 8 client processes at once; the bound is as many processes that only copy."""
-    counts = [count for count in CLIENTS[: plan.pick(2, 4)] if plan.wants(*client_names((count,)))]
+    counts = [count for count in CLIENTS if plan.wants(*client_names((count,)))]
     if not counts:
         return
     host_bytes = (max(counts) + 4) * CLIENT_BYTES

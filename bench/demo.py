@@ -24,13 +24,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-import demo_model
-from demo_processes import Process, ProcessError, forebay, python
+from forebay.bench import demo_model
+from forebay.bench.demo_processes import Process, ProcessError, forebay, python
 
 READY_S = 120.0
-ANSWER_S = 180.0
+ANSWER_S = 300.0
 DAEMON_READY_S = 30.0
 HOST_BYTES = "1GiB"
 PLAIN_PROGRESS_S = 10.0

@@ -17,12 +17,9 @@ import json
 import sys
 import time
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-import demo_model
+from forebay.bench import demo_model
 
 demo_model.go_offline()
 

@@ -23,11 +23,12 @@ _STRIDE_WORDS = 4096 // 8
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Blocks of `segments` equal segments."""
+    """Blocks of `segments` equal segments, in arrays that begin `past_bytes` past a page's start."""
 
     name: str
     block_bytes: int
     segments: int = 1
+    past_bytes: int = 0
 
     @property
     def segment_bytes(self) -> int:
@@ -49,7 +50,16 @@ PLAIN = (
 PAGED = Layout("paged", 2048 * KIB, 64)
 """32 layers, K and V apart, 16 tokens a block: 64 segments of 32 KiB."""
 
-BY_NAME = {layout.name: layout for layout in (INDEX, *PLAIN, PAGED)}
+NUMPY_PAST_BYTES = 16
+UNALIGNED = (
+    Layout("paged_unaligned", 2048 * KIB, 64, NUMPY_PAST_BYTES),
+    Layout("64kib_unaligned", 64 * KIB, 1, NUMPY_PAST_BYTES),
+)
+"""The same in arrays as numpy allocates them: some CPUs copy those, piece by piece, at half the rate.
+
+Torch lets tensors begin at multiples of 64, which is as good as a page's start."""
+
+BY_NAME = {layout.name: layout for layout in (INDEX, *PLAIN, PAGED, *UNALIGNED)}
 
 
 class Pool:
@@ -64,7 +74,9 @@ class Pool:
         self.layout = layout
         self.blocks = total_bytes // layout.block_bytes
         pages = self.blocks * (2 if layout.segments > 1 else 1)
-        self.heaps = [heap_array(pages * layout.segment_bytes) for _ in range(layout.segments)]
+        self.heaps = [
+            heap_array(pages * layout.segment_bytes, past_bytes=layout.past_bytes) for _ in range(layout.segments)
+        ]
         self.arrays = [heap.reshape(pages, layout.segment_bytes) for heap in self.heaps]
         self.table = SegmentTable.of(self.arrays)
         ids = list(range(pages))

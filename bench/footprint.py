@@ -22,6 +22,7 @@ FILL_HOST_BYTES = 256 * MIB
 FILL_LAYOUT = PLAIN[1]
 FILL_CHAIN_BYTES = 16 * MIB
 SETTLE_S = 1.0
+IDLE_NAMES = ("idle_rss_mib", "idle_cpu_percent")
 _POLL_S = 0.001
 _BARE = "import zmq, msgpack, psutil"
 
@@ -60,37 +61,41 @@ def _bare_once(directory: Path) -> float:
     return time.monotonic() - started
 
 
-def idle(plan: Plan) -> Iterator[Figure]:
-    """Nobody attached, all memory touched."""
-    plan.progress("an idle daemon")
-    seconds = plan.pick(5.0, 15.0)
-    with Daemon(plan.directory / "idle", IDLE_HOST_BYTES) as daemon:
+def resting(plan: Plan) -> Iterator[Figure]:
+    """A daemon whose memory is touched: first with nobody attached, then after 1e5 blocks were stored."""
+    with Daemon(plan.directory / "resting", GIB) as daemon:
         daemon.populated()
-        pause(SETTLE_S)
-        before, begun = cpu_s(daemon.pid), time.monotonic()
-        pause(seconds)
-        percent = (cpu_s(daemon.pid) - before) / (time.monotonic() - begun) * 100
-        memory = memory_mib(daemon.pid)
+        if plan.wants(*IDLE_NAMES):
+            plan.progress("an idle daemon")
+            yield from _idle(daemon.pid, plan.pick(5.0, 15.0))
+        if plan.wants("rss_bytes_per_block"):
+            plan.progress("memory per block")
+            yield _metadata(daemon)
+
+
+def _idle(pid: int, seconds: float) -> Iterator[Figure]:
+    pause(SETTLE_S)
+    before, begun = cpu_s(pid), time.monotonic()
+    pause(seconds)
+    percent = (cpu_s(pid) - before) / (time.monotonic() - begun) * 100
+    memory = memory_mib(pid)
     note = "VmRSS, of it RssAnon {RssAnon:.1f}, RssFile {RssFile:.1f}, RssShmem (slabs) {RssShmem:.1f}".format(**memory)
     yield Figure("idle_rss_mib", memory["VmRSS"], "MiB", samples={"mib": list(memory.values())}, note=note)
     yield Figure("idle_cpu_percent", percent, "% of a core", note=f"over {seconds:g} s, all threads, nobody attached")
 
 
-def metadata(plan: Plan) -> Iterator[Figure]:
-    """What 1e5 resident blocks add to the daemon's memory, slabs not counted."""
-    plan.progress("memory per block")
-    with Daemon(plan.directory / "metadata", GIB) as daemon:
-        daemon.populated()
-        with daemon.client() as client:
-            namespace = client.open_namespace(INDEX.spec)
-            client.lookup(namespace, chain("absent", 1000))
-            before = own_bytes(daemon.pid)
-            fill(client, namespace)
-            pause(SETTLE_S)
-            after = own_bytes(daemon.pid)
+def _metadata(daemon: Daemon) -> Figure:
+    """What resident blocks add to the daemon's memory, slabs not counted."""
+    with daemon.client() as client:
+        namespace = client.open_namespace(INDEX.spec)
+        client.lookup(namespace, chain("absent", 1000))
+        before = own_bytes(daemon.pid)
+        fill(client, namespace)
+        pause(SETTLE_S)
+        after = own_bytes(daemon.pid)
     each_bytes = (after - before) / RESIDENT_BLOCKS
     note = f"{before / MIB:.1f} -> {after / MIB:.1f} MiB (VmRSS less RssShmem) over {RESIDENT_BLOCKS} blocks"
-    yield Figure("rss_bytes_per_block", each_bytes, "B", note=note)
+    return Figure("rss_bytes_per_block", each_bytes, "B", note=note)
 
 
 def full_tier(plan: Plan) -> Iterator[Figure]:

@@ -37,17 +37,29 @@ class BenchError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Cores:
-    """Who runs where. On one core all share it; `free` is every core the benchmark may use."""
+    """Who runs where. On one core all share it.
+
+    Attributes:
+        client: the measured client, alone with the daemon or among others.
+        daemon: the daemon, or the echo server.
+        busy_client: the measured client beside others that keep a core busy; on two cores it shares the daemon's.
+        others: those others; never the daemon's core where there are two.
+        free: every core the benchmark may use.
+    """
 
     client: frozenset[int]
     daemon: frozenset[int]
+    busy_client: frozenset[int]
+    others: frozenset[int]
     free: frozenset[int]
 
     @classmethod
     def of(cls, available: Sequence[int]) -> Cores:
-        """The first core for client and copies, the second for the daemon."""
+        """The first core for client and copies, the second for the daemon, the rest for others."""
         ordered = sorted(available)
-        return cls(frozenset(ordered[:1]), frozenset(ordered[1:2] or ordered[:1]), frozenset(ordered))
+        first, second, rest = ordered[:1], ordered[1:2] or ordered[:1], ordered[2:]
+        client_beside, others = (first, rest) if rest else (second, first)
+        return cls(*map(frozenset, (first, second, client_beside, others, ordered)))
 
     @classmethod
     def here(cls) -> Cores:

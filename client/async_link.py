@@ -160,13 +160,13 @@ class AsyncLink:
             return await _to_the_end(lambda: copy(action.plan))
         if isinstance(action, Map):
             return await self._map(action)
-        self.post(action.request)
-        return None
+        return self.post(action.request)
 
-    def post(self, request: Request) -> None:
-        """Send a request whose reply nobody needs; without a word when that cannot be."""
+    def post(self, request: Request) -> bool:
+        """Send a request whose reply nobody needs; False, without a word, when the session is known to be over."""
         if self.fault is None:
             self._control.send(self._conversation.encode(request, expected=False)[1])
+        return self.fault is None
 
     async def _exchange(self, requests: tuple[Request, ...]) -> list[Reply | ForebayError]:
         if self.fault is not None:

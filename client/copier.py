@@ -31,7 +31,7 @@ RUN_BYTES_MIN = 1 << 20
 """Runs of adjacent slots shorter than this on average are not worth a vectorised call each."""
 
 COLUMN_BLOCKS_MIN = 8
-COLUMN_BYTES_MAX = 32 * 1024
+COLUMN_BYTES_MAX = 8 * 1024
 
 RELEASED_ITEMS = 512
 """numpy keeps the GIL for a fancy assignment of up to 500 items, however large; so fewer are cut smaller."""

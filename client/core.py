@@ -30,7 +30,7 @@ from forebay.client.results import (
     reason_of,
 )
 from forebay.client.segments import Addresses, SegmentTable
-from forebay.kvstore.errors import BadRequest, ForebayError, Internal, PeerError, UnknownSession
+from forebay.kvstore.errors import BadRequest, ForebayError, Internal, PeerError, PeerLost, UnknownSession
 from forebay.transports.messages import (
     AbortReply,
     AbortRequest,
@@ -89,7 +89,7 @@ class Exchange:
 
 @dataclass(frozen=True, slots=True)
 class Post:
-    """Send a request whose reply nobody waits for; never fails."""
+    """Send a request whose reply nobody waits for; never fails. The result: whether the session still stands."""
 
     request: Request
 
@@ -401,7 +401,9 @@ def _fetch_part(
             failed = yield Copy(_plan(work, first, held.places, handle), to_slots=False)
         verified = held.places.verified()
     finally:
-        yield Post(ReleaseRequest(held.lease))
+        standing = yield Post(ReleaseRequest(held.lease))
+    if not standing:  # nobody moves the generations of a dead daemon on
+        raise PeerLost("the daemon went away during the copy")
     if failed and failed[0] < verified:
         return failed[0], "failed"
     if verified < held.leased_blocks:

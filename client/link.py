@@ -155,13 +155,18 @@ class Link:
             return self._map(action)
         return self.post(action.request)
 
-    def post(self, request: Request) -> None:
-        """Send a request whose reply nobody needs; without a word when that cannot be."""
-        if self.fault is not None or not self._exchanging.acquire(timeout=self._timeout_s):
-            return
+    def post(self, request: Request) -> bool:
+        """Send a request whose reply nobody needs; False, without a word, when the session is known to be over."""
+        try:
+            self.notice()
+        except ForebayError:
+            return False
+        if not self._exchanging.acquire(timeout=self._timeout_s):
+            return False
         try:
             if self.fault is None:
                 self._control.send(self._conversation.encode(request, expected=False)[1])
+            return self.fault is None
         finally:
             self._exchanging.release()
 

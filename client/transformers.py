@@ -265,9 +265,7 @@ class PrefixCache:
             return
         begun = time.perf_counter()
         try:
-            source = self._geometry.table(
-                [plane for layer in cache.layers for plane in (layer.keys, layer.values)]
-            )
+            source = self._geometry.table([plane for layer in cache.layers for plane in (layer.keys, layer.values)])
             stored = self._client.store(self._ns, hashes, source)
             report.stored_blocks, report.rejected_blocks = stored.committed, stored.rejected
             report.failure = f"store: {stored.reason}" if stored.reason else report.failure
@@ -328,9 +326,7 @@ def _weights_stamp(model: Any) -> int:
 def _refuse_unsupported(model: Any) -> None:
     config = model.config
     if config.is_encoder_decoder:
-        raise UnsupportedModel(
-            f"{config.model_type} is an encoder-decoder: its cache depends on the encoder's input"
-        )
+        raise UnsupportedModel(f"{config.model_type} is an encoder-decoder: its cache depends on the encoder's input")
     if getattr(model, "peft_config", None):
         raise UnsupportedModel("the model has adapters, which its weights do not show: merge them first")
     if model.training:
@@ -341,9 +337,7 @@ def _refuse_unsupported(model: Any) -> None:
     rope = getattr(config.get_text_config(decoder=True), "rope_parameters", None) or {}
     for kind in _rope_kinds(rope):
         if kind in _LENGTH_DEPENDENT_ROPE:
-            raise UnsupportedModel(
-                f"{kind} rotary embeddings give a prefix other keys when more text follows it"
-            )
+            raise UnsupportedModel(f"{kind} rotary embeddings give a prefix other keys when more text follows it")
     _refuse_layers(DynamicCache(config=config).layers)
 
 
@@ -356,9 +350,7 @@ def _rope_kinds(rope: Mapping[str, Any]) -> Iterable[str]:
 def _refuse_layers(layers: Iterable[Any]) -> None:
     for index, layer in enumerate(layers):
         if type(layer) is not DynamicLayer:
-            raise UnsupportedModel(
-                f"layer {index} keeps a {type(layer).__name__}, only plain DynamicLayer is served"
-            )
+            raise UnsupportedModel(f"layer {index} keeps a {type(layer).__name__}, only plain DynamicLayer is served")
 
 
 def _input_reason(input_ids: Any, kwargs: Mapping[str, Any], model: Any) -> str:
@@ -371,9 +363,7 @@ def _input_reason(input_ids: Any, kwargs: Mapping[str, Any], model: Any) -> str:
         return f"argument {strange[0]} may change keys and values"
     mask = kwargs.get("attention_mask")
     if mask is not None:
-        return (
-            "" if mask.shape == input_ids.shape and bool((mask == 1).all()) else "padding in attention_mask"
-        )
+        return "" if mask.shape == input_ids.shape and bool((mask == 1).all()) else "padding in attention_mask"
     pad = _setting(kwargs, model, "pad_token_id")
     if pad is not None and bool((input_ids == pad).any()):
         return "the padding token in a prompt without attention_mask"
@@ -455,9 +445,7 @@ class _Geometry:
 
     def segment_bytes(self) -> tuple[int, ...]:
         """Bytes of each segment of a block."""
-        token_bytes = [
-            self.dtype.itemsize * plane.head_dim for plane in self.planes for _ in range(plane.heads)
-        ]
+        token_bytes = [self.dtype.itemsize * plane.head_dim for plane in self.planes for _ in range(plane.heads)]
         return tuple(self.block_tokens * size for size in token_bytes)
 
     def allocate(self, blocks: int) -> list[Any]:
@@ -482,8 +470,7 @@ class _Geometry:
         tokens = blocks * self.block_tokens
         for index, layer in enumerate(cache.layers):
             keys, values = (
-                tensors[plane][:, :, :tokens].to(self.planes[plane].device)
-                for plane in (2 * index, 2 * index + 1)
+                tensors[plane][:, :, :tokens].to(self.planes[plane].device) for plane in (2 * index, 2 * index + 1)
             )
             layer.lazy_initialization(keys, values)
             layer.keys, layer.values = keys, values

@@ -213,7 +213,7 @@ class AccessConfig:
 
     allowed_uids: tuple[int, ...] = setting(
         "uids", [], "user ids",
-        "Users besides the daemon's own whose processes may attach; each gets namespaces of its own.",
+        "Users besides the daemon's own and root whose processes may attach; each gets namespaces of its own.",
     )  # fmt: skip
 
 

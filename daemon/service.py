@@ -117,7 +117,7 @@ class Service:
         self._store.config = _store_config(config)
         self._verb_table.lease_ttl_s = config.leases.ttl_ms / 1000
         self._http.stalled_s = config.metrics.stalled_s
-        self._listener.configure(config.limits.sessions, config.access.allowed_uids)
+        self._listener.configure(config.limits.sessions, _uids(config))
         for change in changes.safe:
             log.info("reloaded", extra=fields(key=change.path, old=change.old, new=change.new))
 
@@ -154,7 +154,7 @@ class Service:
         self._listener = SessionListener(
             places.session,
             sessions_max=limits.sessions,
-            allowed_uids=self._config.access.allowed_uids,
+            allowed_uids=_uids(self._config),
             mode=self._socket_mode(),
         )
         greeting = Greeting(boot_id, limits.message_bytes, limits.hashes)
@@ -216,6 +216,11 @@ def run(config: Config, *, notify_socket: str | None, watchdog_usec: int | None,
     """Serve in this process until told to stop; see `Service`."""
     with closing(Notifier(notify_socket, watchdog_usec)) as notifier:
         Service(config, notifier, reload).run()
+
+
+def _uids(config: Config) -> tuple[int, ...]:
+    """Root may attach anyway: it could become any user, and operators run tools with it."""
+    return (0, *config.access.allowed_uids)
 
 
 def _calls(handler: Callable[[], None]) -> Callable[[int, FrameType | None], None]:

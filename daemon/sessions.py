@@ -11,6 +11,7 @@ import select
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from forebay.daemon.control_link import CLIENT_NAME as TOOL_NAME
 from forebay.daemon.live_slabs import LiveSlabs
 from forebay.daemon.logging import fields
 from forebay.kvstore.errors import Forbidden, ForebayError, PeerLost
@@ -31,6 +32,8 @@ class _Attached:
     peer: SessionPeer
     session_id: int = 0
     """0 until the client has greeted."""
+    log_level: int = logging.INFO
+    """Tools come and go, a health check every few seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,8 +159,9 @@ class Sessions:
         greeting = self._greeting
         token = peer.welcome(greeting.boot_id, greeting.message_bytes_max, greeting.hashes_max, packet_id)
         self._by_token[token] = session_id
+        attached.log_level = logging.DEBUG if hello.client_name == TOOL_NAME else logging.INFO
         named = fields(session=session_id, pid=peer.pid, uid=peer.uid, client=hello.client_name)
-        log.info("client attached", extra=named)
+        log.log(attached.log_level, "client attached", extra=named)
 
     def _send_slab(self, attached: _Attached, packet_id: int, packet: MapSlab) -> None:
         shard, slab = self._store.slab(attached.session_id, packet.ns, packet.slab)
@@ -196,7 +200,8 @@ class Sessions:
             del self._peers[session_id]
             self._store.close_session(session_id)
             self._carry_out()
-            log.info("client detached", extra=fields(session=session_id, pid=peer.pid, reason=reason))
+            named = fields(session=session_id, pid=peer.pid, reason=reason)
+            log.log(attached.log_level, "client detached", extra=named)
 
     def _count_refused(self, name: str, count: int = 1) -> None:
         self.refused[name] = self.refused.get(name, 0) + count

@@ -31,6 +31,7 @@ TOOL_TIMEOUT_S = 100
 
 # Tests of something that is no single module: a contract over several, or behaviour of the whole.
 CROSS_CUTTING = {"e2e", "faults", "deploy"}
+WHOLE_FOLDER = {"contract"}
 
 pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
@@ -266,8 +267,8 @@ def test_every_test_leads_to_its_module() -> None:
         folder, name = path.parent.relative_to(ROOT / "tests"), path.stem.removeprefix("test_")
         if folder == Path() or folder.parts[0] in CROSS_CUTTING:
             continue
-        beside = {module.stem for module in (ROOT / folder).glob("*.py")} | {folder.name}
-        if not any(name == module or name.startswith(f"{module}_") for module in beside):
+        beside = {module.stem.strip("_") for module in (ROOT / folder).glob("*.py")} | {folder.name}
+        if name not in WHOLE_FOLDER and not any(name == module or name.startswith(f"{module}_") for module in beside):
             lost.append(str(path.relative_to(ROOT)))
     assert lost == []
 
@@ -299,6 +300,17 @@ def test_links_in_documents_lead_somewhere(document: Path) -> None:
         if not path.exists() or (anchor and anchor not in _anchors(path)):
             broken.append(target)
     assert broken == []
+
+
+def test_architecture_names_types_and_files_that_exist() -> None:
+    """It tells readers what to search for, so what it names must be found: classes and paths in backquotes."""
+    text = _prose((ROOT / "ARCHITECTURE.md").read_text())
+    trees = [ast.parse(path.read_text()) for path in modules(*PACKAGES)]
+    classes = {node.name for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
+    named = set(re.findall(r"`([A-Z][a-z]\w+)(?:\.\w+\(\))?`", text))
+    assert named - classes == set()
+    paths = set(re.findall(r"`((?:\w+/)+(?:\w+\.py)?)`", text))
+    assert {path for path in paths if not (ROOT / path).exists()} == set()
 
 
 def test_makefile_lists_its_targets() -> None:

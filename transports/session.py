@@ -26,6 +26,7 @@ from forebay.kvstore.errors import (
     Busy,
     Forbidden,
     ForebayError,
+    Internal,
     PeerLost,
     Timeout,
     VersionMismatch,
@@ -257,11 +258,11 @@ class SessionPeer:
         self._outbox.append((payload, _duplicate_all(fds)))
 
     def refuse(self, packet_id: int, error: ForebayError) -> None:
-        """Send an error's code and text if the client can take it now; never raises."""
+        """Send an error's code and text; never raises. When closing right after: only if the client can take it now."""
         text = str(error)[:TEXT_CHARS_MAX].encode("utf-8", "replace").decode()
         try:
-            self._try_send(encode_packet(packet_id, Refusal(error.code or 100, text)), ())
-        except PeerLost:
+            self.send(packet_id, Refusal(error.code or Internal.code, text))
+        except (PeerLost, Busy):
             return  # it will not miss the answer
 
     def flush(self) -> bool:

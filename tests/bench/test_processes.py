@@ -12,8 +12,20 @@ from forebay.bench.processes import BenchError, Cores, Process, wait_until
 
 def test_client_and_daemon_have_a_core_each_where_there_are_two() -> None:
     """Sharing one, they would time each other."""
-    assert Cores.of([3, 1, 2]) == Cores(frozenset({1}), frozenset({2}), frozenset({1, 2, 3}))
-    assert Cores.of([5]) == Cores(frozenset({5}), frozenset({5}), frozenset({5}))
+    cores = Cores.of([3, 1, 2])
+    assert (cores.client, cores.daemon, cores.free) == ({1}, {2}, {1, 2, 3})
+    one = Cores.of([5])
+    assert one.client == one.daemon == one.others == one.free == {5}
+
+
+@pytest.mark.parametrize(("available", "client", "others"), [([1, 2], {2}, {1}), ([1, 2, 3, 4], {1}, {3, 4})])
+def test_busy_others_leave_the_core_of_the_daemon_alone(
+    available: list[int], client: set[int], others: set[int]
+) -> None:
+    """Else the kernel's time slices would be measured."""
+    cores = Cores.of(available)
+    assert (cores.busy_client, cores.others) == (client, others)
+    assert cores.daemon == {2}
 
 
 def test_wait_ends_with_an_error_at_its_deadline() -> None:

@@ -163,10 +163,14 @@ def test_a_large_copy_lets_another_thread_run(segments: int, direction: str, sho
 
     counter = threading.Thread(target=count)
     counter.start()
-    started.wait(5)
-    before = turns
-    copy(plan)
-    during = turns - before
+    assert started.wait(5)
+    during = 0
+    for _ in range(20):  # a machine with no core to spare may not run the thread during one copy
+        before = turns
+        copy(plan)
+        during = turns - before
+        if during > 100:
+            break
     ended.set()
     counter.join(5)
     assert during > 100

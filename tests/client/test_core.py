@@ -34,6 +34,7 @@ class Script:
         self.slabs = {serial: mapping() for serial in range(3)}
         self.actions: list[core.Action] = []
         self.on_copy: Callable[[core.Copy], Any] = lambda copy: ()
+        self.standing = True
 
     def run(self, steps: core.Steps[Any]) -> Any:
         send, value = steps.send, None
@@ -57,7 +58,7 @@ class Script:
             return self.slabs[action.slab]
         if isinstance(action, core.Copy):
             return self.on_copy(action)
-        return None
+        return self.standing
 
     def sent(self) -> list[str]:
         """Names of what was sent, in order; what travelled together is joined by a plus."""
@@ -122,6 +123,13 @@ def test_a_generation_that_moved_during_the_copy_is_stale(script: Script) -> Non
     result = script.run(core.fetch(script.attachment, work(HASHES[:3]), 0, strict=True))
     assert result == FetchResult(1, 4096, "stale")
     assert script.sent()[-1] == "post Release"
+
+
+def test_a_daemon_that_died_during_the_copy_makes_it_a_miss(script: Script) -> None:
+    script.replies[m.AcquireRequest] = m.AcquireReply(7, *slots(0, 1))
+    script.standing = False
+    result = script.run(core.fetch(script.attachment, work(HASHES[:2]), 0, strict=False))
+    assert result == FetchResult(0, 0, "peer_lost")
 
 
 def test_the_lease_is_released_when_the_copy_raises(script: Script) -> None:

@@ -113,7 +113,7 @@ def test_threads_that_find_no_link_attach_once(fake: FakeDaemon) -> None:
 
 def test_threads_survive_a_restart(fake: FakeDaemon) -> None:
     """During it some calls are misses; none raises, and afterwards all is well again."""
-    with Client(fake.runtime_dir, timeout_ms=500.0) as client:
+    with Client(fake.runtime_dir, budget_ms=100.0) as client:
         ns = client.open_namespace(SPEC)
         ended = threading.Event()
         rounds = [0] * 4

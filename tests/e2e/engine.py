@@ -1,6 +1,6 @@
 """An engine process for the end-to-end tests: the tiny model answers one prompt, several times, as JSON.
 
-python engine.py RUNTIME_DIR DTYPE PROMPT_TOKENS PROMPT_SEED REPEATS        (with tests/ on PYTHONPATH)
+python engine.py RUNTIME_DIR DTYPE PROMPT_TOKENS PROMPT_SEED REPEATS        (with tests/shared on PYTHONPATH)
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ def engine(daemon: LiveDaemon, dtype: str, repeats: int) -> list[dict[str, Any]]
         capture_output=True,
         text=True,
         timeout=ENGINE_S,
-        env={**os.environ, "PYTHONPATH": str(tests), "HF_HUB_OFFLINE": "1"},
+        env={**os.environ, "PYTHONPATH": str(tests / "shared"), "HF_HUB_OFFLINE": "1"},
     )
     assert done.returncode == 0, done.stderr
     answers: list[dict[str, Any]] = json.loads(done.stdout)

@@ -67,9 +67,7 @@ class Kind:
     ranks: int
 
     def spec(self, rank: int) -> NamespaceSpec:
-        return NamespaceSpec(
-            self.label, "r", "f16", 16, (self.block_bytes,), shard_rank=rank, shard_size=self.ranks
-        )
+        return NamespaceSpec(self.label, "r", "f16", 16, (self.block_bytes,), shard_rank=rank, shard_size=self.ranks)
 
     @property
     def slots_per_slab(self) -> int:

@@ -79,7 +79,7 @@ def drained(tree: Tree) -> list[int]:
     return order
 
 
-@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+@settings(max_examples=100, deadline=None, derandomize=True, database=None)
 @given(st.data())
 def test_victims_are_those_of_a_flat_list_touched_tail_first(data: st.DataObject) -> None:
     """Pieces only save work; each victim is the oldest of the flat list, over random trees of chains."""
@@ -103,7 +103,7 @@ def test_victims_are_those_of_a_flat_list_touched_tail_first(data: st.DataObject
     assert drained(tree) == expected
 
 
-@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
 @given(st.data())
 def test_any_block_may_be_removed_at_any_time(data: st.DataObject) -> None:
     """Removal on request takes blocks out of the middle; what stays is still known exactly once."""

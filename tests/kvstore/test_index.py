@@ -1,0 +1,261 @@
+"""The block index: leading complete blocks, tombstones, shards, and a second tier."""
+
+from __future__ import annotations
+
+import pytest
+
+from forebay.kvstore.index import NO_ROW, NO_SLOT, BlockIndex
+from support.core import chain
+
+
+def add_chain(index: BlockIndex, names: list[bytes], parent: int = NO_ROW) -> list[int]:
+    """Rows, committed in every rank of tier 0; row number serves as slot number."""
+    rows = []
+    for name in names:
+        parent = index.add(name, parent)
+        for rank in range(index.shard_size):
+            index.reserve(parent, 0, rank, parent, 1)
+            index.commit(parent, 0, rank)
+        rows.append(parent)
+    return rows
+
+
+def remove(index: BlockIndex, row: int, tier: int = 0) -> list[tuple[int, int]]:
+    dropped = index.vacate(row, tier)
+    index.forget_if_empty(row)
+    return dropped
+
+
+def check(index: BlockIndex) -> None:
+    assert list(index.check()) == []
+
+
+def test_walk_stops_at_the_first_block_that_is_absent() -> None:
+    index = BlockIndex(1)
+    names = chain("a", 3)
+    rows = add_chain(index, names)
+    assert index.walk(names) == rows
+    assert index.walk([*names[:2], b"other" * 4, names[2]]) == rows[:2]
+    assert index.walk([b"other" * 4, *names]) == []
+    assert index.walk([]) == []
+
+
+@pytest.mark.parametrize("length", [63, 64, 65, 319, 320, 321, 2000])
+def test_walk_of_any_length_is_exact(length: int) -> None:
+    """It goes in growing strides; no stride's border may lose or invent a block."""
+    index = BlockIndex(1)
+    names = chain("a", length)
+    rows = add_chain(index, names)
+    for present in {0, 1, length // 2, length - 1, length}:
+        assert index.walk([*names[:present], b"absent"]) == rows[:present]
+
+
+def test_uncommitted_block_is_invisible() -> None:
+    index = BlockIndex(1)
+    row = index.add(b"x", NO_ROW)
+    index.reserve(row, 0, 0, 5, 1)
+    assert index.walk([b"x"]) == []
+    assert index.reserved_slot(row, 0, 0) == 5
+    assert index.slot(row, 0, 0) == NO_SLOT
+    index.commit(row, 0, 0)
+    assert index.walk([b"x"]) == [row]
+    assert index.slot(row, 0, 0) == 5
+    assert index.reserved_slot(row, 0, 0) == NO_SLOT
+    check(index)
+
+
+def test_block_is_complete_when_its_last_shard_is_committed() -> None:
+    """Complete, or a miss."""
+    index = BlockIndex(3)
+    row = index.add(b"x", NO_ROW)
+    for rank in (2, 0, 1):
+        assert index.walk([b"x"]) == []
+        index.reserve(row, 0, rank, 10 + rank, 1)
+        assert index.commit(row, 0, rank) == (rank == 1)
+        check(index)
+    assert index.walk([b"x"]) == [row]
+    assert index.slots([row], 0, 2).tolist() == [12]
+
+
+def test_vacated_block_is_a_miss_and_names_its_slots() -> None:
+    index = BlockIndex(2)
+    (row,) = add_chain(index, [b"x"])
+    assert remove(index, row) == [(0, row), (1, row)]
+    assert index.find(b"x") == NO_ROW
+    assert len(index) == 0
+    check(index)
+
+
+def test_block_removed_from_the_middle_stays_as_a_tombstone() -> None:
+    """Storing it again makes what continues it reachable again."""
+    index = BlockIndex(1)
+    names = chain("a", 3)
+    rows = add_chain(index, names)
+    remove(index, rows[1])
+    assert index.walk(names) == rows[:1]
+    assert index.find(names[1]) == rows[1]
+    assert not index.is_resident(rows[1])
+    check(index)
+    index.reserve(rows[1], 0, 0, 9, 4)
+    index.commit(rows[1], 0, 0)
+    assert index.walk(names) == rows
+    check(index)
+
+
+def test_tombstones_go_with_the_last_block_below_them() -> None:
+    """Otherwise the index would grow without bound."""
+    index = BlockIndex(1)
+    rows = add_chain(index, chain("a", 5))
+    for row in rows[:-1]:
+        remove(index, row)
+    assert len(index) == 5
+    remove(index, rows[-1])
+    assert len(index) == 0
+    assert list(index.rows()) == []
+    check(index)
+
+
+def test_aborted_chain_leaves_nothing_behind() -> None:
+    index = BlockIndex(1)
+    rows = []
+    for name in chain("a", 4):
+        rows.append(index.add(name, rows[-1] if rows else NO_ROW))
+        index.reserve(rows[-1], 0, 0, len(rows), 1)
+    for row in (rows[1], rows[0], rows[3], rows[2]):
+        index.abort(row, 0, 0)
+        check(index)
+    assert len(index) == 0
+
+
+def test_forgotten_row_is_used_again_clean() -> None:
+    """Nothing of the block before may show through."""
+    index = BlockIndex(1)
+    (parent,) = add_chain(index, [b"p"])
+    row = index.add(b"x", parent)
+    index.reserve(row, 0, 0, 77, 5)
+    index.abort(row, 0, 0)
+    again = index.add(b"y", NO_ROW)
+    assert again == row
+    assert (index.parents[again], index.depths[again], index.holds[again]) == (NO_ROW, 0, 0)
+    assert not index.has_child(parent)
+    assert not index.has_child(again)
+    assert index.slot(again, 0, 0) == index.reserved_slot(again, 0, 0) == NO_SLOT
+
+
+def test_children_are_listed_whichever_of_them_went() -> None:
+    index = BlockIndex(1)
+    (parent,) = add_chain(index, [b"p"])
+    children = [add_chain(index, [bytes([n])], parent)[0] for n in range(4)]
+    for gone in (1, 3, 0, 2):
+        left = {child for child in children if index.hashes[child] is not None}
+        assert set(index.children(parent)) == left
+        remove(index, children[gone])
+        check(index)
+    assert not index.has_child(parent)
+
+
+def test_subtrees_are_the_roots_and_all_below_them() -> None:
+    index = BlockIndex(1)
+    trunk = add_chain(index, chain("a", 3))
+    branch = add_chain(index, chain("b", 2), trunk[1])
+    other = add_chain(index, chain("c", 1))
+    assert index.subtrees([trunk[2], trunk[1]]) == {trunk[1], trunk[2], *branch}
+    assert index.subtrees([]) == set()
+    assert index.subtrees([*other, trunk[0]]) == {*trunk, *branch, *other}
+
+
+def test_subtrees_of_a_whole_chain_take_one_walk() -> None:
+    """Evicting a long chain by prefix names each of its blocks; walking below each would be quadratic."""
+    index = BlockIndex(1)
+    rows = add_chain(index, chain("a", 3000))
+    visits = []
+    children = index.children
+
+    def counted(row: int) -> object:
+        visits.append(row)
+        return children(row)
+
+    index.children = counted  # type: ignore[method-assign, assignment]
+    assert index.subtrees(reversed(rows)) == set(rows)
+    assert len(visits) == len(rows)
+
+
+def test_check_is_linear_in_the_number_of_siblings() -> None:
+    """A system prompt has as many children as there are conversations."""
+    index = BlockIndex(1)
+    (parent,) = add_chain(index, [b"p"])
+    children = [add_chain(index, [bytes(2) + n.to_bytes(4, "big")], parent)[0] for n in range(500)]
+    visits = 0
+    real = index.children
+
+    def counted(row: int) -> object:
+        nonlocal visits
+        for child in real(row):
+            visits += 1
+            yield child
+
+    index.children = counted  # type: ignore[method-assign, assignment]
+    check(index)
+    assert visits == len(children)
+
+
+def test_generations_are_those_of_the_time_of_writing() -> None:
+    index = BlockIndex(1)
+    row = index.add(b"x", NO_ROW)
+    index.reserve(row, 0, 0, 3, 41)
+    index.commit(row, 0, 0)
+    assert index.generations([row], 0, 0).tolist() == [41]
+
+
+def test_block_in_a_second_tier_stays_complete_when_the_first_is_vacated() -> None:
+    """A demotion: committed in tier 1, then taken out of tier 0."""
+    index = BlockIndex(2, tiers=2)
+    (row,) = add_chain(index, [b"x"])
+    assert index.count_by_tier([row]) == [1, 0]
+    for rank in range(2):
+        index.reserve(row, 1, rank, 100 + rank, 1)
+        assert index.walk([b"x"]) == [row]
+        assert not index.commit(row, 1, rank)
+        check(index)
+    assert remove(index, row, 0) == [(0, row), (1, row)]
+    assert index.walk([b"x"]) == [row]
+    assert index.count_by_tier([row]) == [0, 1]
+    assert index.slots([row], 1, 1).tolist() == [101]
+    check(index)
+    assert remove(index, row, 1) == [(0, 100), (1, 101)]
+    assert len(index) == 0
+
+
+def test_slowest_shard_decides_the_tier_of_a_block() -> None:
+    index = BlockIndex(2, tiers=2)
+    row = index.add(b"x", NO_ROW)
+    for rank, tier in ((0, 0), (1, 1)):
+        index.reserve(row, tier, rank, 1, 1)
+        index.commit(row, tier, rank)
+    assert index.walk([b"x"]) == [row]
+    assert index.count_by_tier([row]) == [0, 1]
+    check(index)
+
+
+def test_vacating_one_of_two_tiers_of_one_shard_makes_the_block_partial() -> None:
+    index = BlockIndex(2, tiers=2)
+    row = index.add(b"x", NO_ROW)
+    for rank, tier in ((0, 0), (1, 1)):
+        index.reserve(row, tier, rank, 1, 1)
+        index.commit(row, tier, rank)
+    assert remove(index, row, 0) == [(0, 1)]
+    assert index.walk([b"x"]) == []
+    assert index.is_resident(row)
+    check(index)
+
+
+def test_check_names_what_is_wrong() -> None:
+    """A check that cannot fail guards nothing."""
+    index = BlockIndex(1)
+    rows = add_chain(index, chain("a", 2))
+    index._missing[rows[0]] = 1
+    assert list(index.check())
+    index._missing[rows[0]] = 0
+    check(index)
+    index._first_child[rows[0]] = NO_ROW
+    assert list(index.check())

@@ -1,1 +1,0 @@
-"""What several test folders share; imported as `support` (tests/ is on pytest's path)."""
