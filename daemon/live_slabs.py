@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 from forebay.daemon.logging import fields
 from forebay.kvstore.groups import Effects, SlabOpened, SlabRetired
-from forebay.kvstore.store import Store
 from forebay.tiers.host import HostTier
 from forebay.transports.shm import GenerationTable
 
@@ -35,10 +34,10 @@ class CarriedOut:
 class LiveSlabs:
     """Live slabs by (ns, serial)."""
 
-    def __init__(self, store: Store, tier: HostTier) -> None:
-        self._store = store
+    def __init__(self, tier: HostTier) -> None:
         self._tier = tier
         self._live: dict[tuple[int, int], _Live] = {}
+        self._slots_per_slab: dict[int, int] = {}
 
     def carry_out(self, effects: Effects) -> CarriedOut:
         """Do what the store decided, slabs before generations; to be called before the answer is sent."""
@@ -71,12 +70,13 @@ class LiveSlabs:
     def _open(self, event: SlabOpened) -> None:
         self._tier.open_slab(event.physical)
         try:
-            table = GenerationTable(self._store.slots_per_slab(event.ns))
+            table = GenerationTable(event.slots)
         except OSError:
             self._tier.close_slab(event.physical)
             raise
         table.bump_all()  # generations start at 1, so that 0 is never a right answer
         self._live[event.ns, event.slab] = _Live(event.physical, table)
+        self._slots_per_slab[event.ns] = event.slots
         log.debug("slab assigned", extra=fields(ns=event.ns, slab=event.slab, physical=event.physical))
 
     def _retire(self, event: SlabRetired) -> None:
@@ -89,7 +89,9 @@ class LiveSlabs:
         log.debug("slab retired", extra=fields(ns=event.ns, slab=event.slab, physical=event.physical))
 
     def _publish(self, ns: int, slot_id: int, generation: int) -> None:
-        serial, slot = divmod(slot_id, self._store.slots_per_slab(ns))
-        live = self._live.get((ns, serial))
+        slots = self._slots_per_slab.get(ns)
+        if slots is None:
+            return  # none of its slabs was ever opened: their memory could not be had
+        live = self._live.get((ns, slot_id // slots))
         if live is not None:
-            live.table.set(slot, generation)
+            live.table.set(slot_id % slots, generation)

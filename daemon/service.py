@@ -68,7 +68,7 @@ class Service:
             boot_id = secrets.token_bytes(BOOT_ID_BYTES)
             store = Store(_store_config(config), _new_id)
             tier = self._start_tier(parts)
-            memory = parts.enter_context(closing(LiveSlabs(store, tier)))
+            memory = parts.enter_context(closing(LiveSlabs(tier)))
             sessions = parts.enter_context(closing(self._sessions(places, boot_id, store, memory)))
             server = parts.enter_context(closing(self._control_server(places, limit)))
             self._owner = owner = Owner(

@@ -58,7 +58,7 @@ class Allocator:
         if physical is None:
             return False
         slab = shard.slots.add_slab(physical)
-        self._effects.slabs.append(SlabOpened(shard.ns, slab.serial, physical))
+        self._effects.slabs.append(SlabOpened(shard.ns, slab.serial, physical, shard.slots.slots_per_slab))
         self._counters.slabs_assigned += 1
         return True
 

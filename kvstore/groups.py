@@ -17,11 +17,12 @@ HOST = 0
 
 @dataclass(frozen=True, slots=True)
 class SlabOpened:
-    """A physical slab now belongs to shard `ns` under the serial `slab`: it needs fresh memory."""
+    """A physical slab now belongs to shard `ns` under the serial `slab`: it needs fresh memory for `slots` slots."""
 
     ns: int
     slab: int
     physical: int
+    slots: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,6 +61,8 @@ class PrefixHasher:
 
 
 def _token_bytes(tokens: Iterable[int]) -> memoryview:
+    if isinstance(tokens, (bytes, bytearray, memoryview, str)):
+        raise BadRequest(f"tokens are a sequence of integers, not {type(tokens).__name__}")
     try:
         ids = array("I", tokens)
     except (OverflowError, TypeError, ValueError) as error:

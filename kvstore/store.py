@@ -98,13 +98,15 @@ class Store:
         self._shards: dict[int, Shard] = {}
         self._leases: dict[int, Lease] = {}
         self._reservations: dict[int, Reservation] = {}
+        self._last_ns = 0
         self._lease_deadlines = Deadlines()
         self._reservation_deadlines = Deadlines()
 
     # Sessions
 
     def open_session(self, session_id: int, uid: int, client_group: bytes = b"", *, operator: bool = False) -> None:
-        """A client connected. Raises Busy when `sessions_max` are open."""
+        """A client connected; `session_id` was never used before. Raises Busy when `sessions_max` are open."""
+        assert session_id not in self._sessions, f"session {session_id} is open"
         if len(self._sessions) >= self.config.sessions_max:
             raise Busy(f"{len(self._sessions)} sessions are open, which is the limit")
         # Wider than any group a client may name, so that nobody can join a session that named none.
@@ -126,7 +128,8 @@ class Store:
     def open_namespace(self, session_id: int, spec: NamespaceSpec) -> Shard:
         """The shard of a namespace, made when it is new.
 
-        Raises BadRequest, LayoutError (a block fits no slab), QuotaExceeded (`namespaces_max`).
+        At `namespaces_max` the one that has gone longest unused makes way, of those that no session has open and
+        that hold no pin. Raises BadRequest, LayoutError (a block fits no slab), QuotaExceeded (none may go).
         """
         session = self._session(session_id)
         spec.validate()
@@ -140,16 +143,15 @@ class Store:
         return shard
 
     def find_namespace(self, session_id: int, fingerprint_prefix: bytes, rank: int = 0) -> Shard:
-        """The namespace whose group fingerprint begins so; an operator finds those of every user.
+        """The namespace of any user whose group fingerprint begins so.
 
-        Raises UnknownNamespace, BadRequest (more than one begins so).
+        Raises Forbidden (fingerprints are public, so who is no operator has to know the spec and its salt),
+        UnknownNamespace, BadRequest (more than one begins so).
         """
         session = self._session(session_id)
-        found = [
-            group
-            for (uid, fingerprint), group in self._groups.items()
-            if fingerprint.startswith(fingerprint_prefix) and (session.operator or uid == session.uid)
-        ]
+        if not session.operator:
+            raise Forbidden("only an operator may find namespaces by fingerprint; open it by its spec")
+        found = [group for group in self._groups.values() if group.fingerprint.startswith(fingerprint_prefix)]
         if len(found) > 1:
             raise BadRequest(f"{len(found)} namespaces begin with {fingerprint_prefix.hex()}; give more digits")
         shard = found[0].shards.get(rank) if found else None
@@ -172,9 +174,6 @@ class Store:
         if slab is None:
             raise UnknownNamespace(f"namespace {ns} has no slab {serial}")
         return shard, slab
-
-    def slots_per_slab(self, ns: int) -> int:
-        return self._shards[ns].slots.slots_per_slab
 
     def sessions_of(self, ns: int) -> list[int]:
         """Sessions that opened the namespace and so may map its slabs."""
@@ -271,8 +270,9 @@ class Store:
     def commit(self, session_id: int, reservation_id: int, failed: Sequence[int], now: float) -> int:
         """Make the written blocks visible; `failed` are indices into the reservation that were not written.
 
-        Returns how many were committed. Raises NotLeased, Expired (too late: nothing was published, the slots are
-        given back), BadRequest (an index out of range).
+        What continues a failed block is given back with it: nobody could find it. Returns how many were committed.
+        Raises NotLeased, Expired (too late: nothing was published, the slots are given back), BadRequest (an index
+        out of range).
         """
         reservation = self._reservation(session_id, reservation_id)
         count = len(reservation.rows)
@@ -281,7 +281,7 @@ class Store:
         if reservation.expired:
             self._give_up(reservation)
             raise Expired(f"reservation {reservation_id} ran out by the clock; nothing was stored")
-        lost = set(failed)
+        lost = _with_followers(reservation, failed) if failed else set()
         shard, group = reservation.shard, reservation.shard.group
         good = [index for index in range(count) if index not in lost]
         group.commit(shard, [reservation.rows[i] for i in good], [reservation.slots[i] for i in good], now)
@@ -477,16 +477,33 @@ class Store:
         return new
 
     def _new_shard(self, session: Session, spec: NamespaceSpec, key: tuple[int, bytes]) -> Shard:
-        if len(self._shards) >= self.config.namespaces_max:
-            raise QuotaExceeded(f"{len(self._shards)} namespaces exist, which is the limit")
         slots = ShardSlots(self.tier.slab_bytes, spec.block_bytes)
+        if len(self._shards) >= self.config.namespaces_max:
+            self._forget_coldest(but=key)
         group = self._groups.get(key)
         if group is None:
             group = self._groups[key] = Group(spec, session.uid, self.effects, self.counters)
-        shard = Shard(len(self._shards) + 1, spec.shard_rank, group, slots)
+        self._last_ns += 1
+        shard = Shard(self._last_ns, spec.shard_rank, group, slots)
         group.shards[spec.shard_rank] = shard
         self._shards[shard.ns] = shard
         return shard
+
+    def _forget_coldest(self, but: tuple[int, bytes]) -> None:
+        """Make room for a namespace among `namespaces_max`; raises QuotaExceeded."""
+        open_now = {ns for session in self._sessions.values() for ns in session.namespaces}
+        idle = [
+            (group.last_touch_s, key)
+            for key, group in self._groups.items()
+            if key != but and not group.pinned_blocks and not any(s.ns in open_now for s in group.shards.values())
+        ]
+        if not idle:
+            raise QuotaExceeded(f"{len(self._shards)} namespaces are in use, which is the limit")
+        group = self._groups.pop(min(idle)[1])
+        gone = self._clear_group(group, dry_run=False)
+        assert gone.kept == 0, "a namespace that no session has open was in use"
+        for shard in group.shards.values():
+            del self._shards[shard.ns]
 
     def _parent_row(self, group: Group, parent: bytes) -> int:
         return group.index.find(parent) if parent else NO_ROW
@@ -607,6 +624,18 @@ class Store:
             slots_quarantined=sum(s.count(QUARANTINED) for s in spaces),
             slots_resident=sum(s.count(RESIDENT) for s in spaces),
         )
+
+
+def _with_followers(reservation: Reservation, failed: Sequence[int]) -> set[int]:
+    """The failed indices and those whose block continues a failed one; a reservation lists parents first."""
+    index = reservation.shard.group.index
+    lost = set(failed)
+    lost_rows = {reservation.rows[i] for i in failed}
+    for i, row in enumerate(reservation.rows):
+        if i not in lost and index.parents[row] in lost_rows:
+            lost.add(i)
+            lost_rows.add(row)
+    return lost
 
 
 def _acquired(lease: Lease, shard: Shard) -> Acquired:

@@ -29,7 +29,6 @@ from forebay.tiers.memory import (
     lock_budget,
 )
 
-_NICE = 10
 _RELEASE_S = 1.0
 _IDLE_S = 60.0
 
@@ -240,14 +239,17 @@ class HostTier:
                 self._give_up(error, made)
 
     def _settle(self, cpu: int) -> None:
-        """Give way to the owner thread. One core each: left alone, some kernels pack all threads on one."""
+        """One core each: left alone, some kernels pack all threads on one.
+
+        The priority stays: a thread that waits for the processor with the interpreter lock in hand, because it gave
+        way, would make the owner thread wait for it.
+        """
         try:
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
             os.sched_setaffinity(threading.get_native_id(), {cpu})
             if self._nodes:
                 self._memory.prefer_nodes(self._nodes)
         except OSError as error:
-            self._warn(f"populating without priority, core or NUMA node: {error}")
+            self._warn(f"populating without a core or NUMA node of its own: {error}")
 
     def _next(self) -> SlabMemory | None:
         """Memory to populate, marked if it is to be locked as well; waits for some. None: stop."""

@@ -63,7 +63,7 @@ def _generations(slabs: LiveSlabs, ns: int, slab: int) -> list[int]:
 
 
 def test_opened_slab_has_memory_and_the_generations_the_store_hands_out(store: Store, tier: FakeTier) -> None:
-    slabs = LiveSlabs(store, tier)
+    slabs = LiveSlabs(tier)
     ns = store.open_namespace(1, SPEC).ns
     reserved = store.reserve(1, ns, b"", HASHES[:6], 0.0)
     _carry_out(slabs, store)
@@ -74,7 +74,7 @@ def test_opened_slab_has_memory_and_the_generations_the_store_hands_out(store: S
 
 def test_removed_block_has_a_new_generation_and_a_retired_slab_only_new_ones(store: Store, tier: FakeTier) -> None:
     """A reader that mapped the table before sees both."""
-    slabs = LiveSlabs(store, tier)
+    slabs = LiveSlabs(tier)
     ns = store.open_namespace(1, SPEC).ns
     reserved = store.reserve(1, ns, b"", HASHES[:4], 0.0)
     _carry_out(slabs, store)
@@ -96,7 +96,7 @@ def test_removed_block_has_a_new_generation_and_a_retired_slab_only_new_ones(sto
 
 
 def test_table_cannot_be_mapped_writable_by_who_receives_it(store: Store, tier: FakeTier) -> None:
-    slabs = LiveSlabs(store, tier)
+    slabs = LiveSlabs(tier)
     ns = store.open_namespace(1, SPEC).ns
     store.reserve(1, ns, b"", HASHES[:1], 0.0)
     _carry_out(slabs, store)
@@ -105,7 +105,7 @@ def test_table_cannot_be_mapped_writable_by_who_receives_it(store: Store, tier: 
 
 
 def test_slab_without_memory_is_reported_and_given_back(store: Store, tier: FakeTier) -> None:
-    slabs = LiveSlabs(store, tier)
+    slabs = LiveSlabs(tier)
     ns = store.open_namespace(1, SPEC).ns
     tier.broken = True
     store.reserve(1, ns, b"", HASHES[:2], 0.0)

@@ -25,7 +25,7 @@ def test_slabs_are_assigned_when_they_are_needed() -> None:
     assert world.tier().slabs_assigned == 0
     world.write(chain("a", 1))
     assert world.tier().slabs_assigned == 1
-    assert world.effects().slabs == [SlabOpened(world.ns, 0, 0)]
+    assert world.effects().slabs == [SlabOpened(world.ns, 0, 0, 4)]
     world.write(chain("b", 4))
     assert world.tier().slabs_assigned == 2
 

@@ -577,11 +577,15 @@ class StoreMachine(RuleBasedStateMachine):
                 self.store.commit(session, reservation_id, failed, self.now)
             self.settle(freed=model.end_reservation(reservation_id))
             return
+        lost: set[Path_] = set()
+        for index, (path, _) in enumerate(reservation.blocks):
+            if index in failed or path[:-1] in lost:  # what continues a lost block could never be found
+                lost.add(path)
         committed = self.store.commit(session, reservation_id, failed, self.now)
-        assert committed == len(reservation.blocks) - len(set(failed))
+        assert committed == len(reservation.blocks) - len(lost)
         freed = model.end_reservation(reservation_id)
-        for index, (path, slot) in enumerate(reservation.blocks):
-            if index not in failed:
+        for path, slot in reservation.blocks:
+            if path not in lost:
                 place = (model.handles[reservation.kind, reservation.rank], slot)
                 freed.remove(place)
                 model.owners[place] = ("block", reservation.kind, reservation.rank, path)
