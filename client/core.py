@@ -63,12 +63,11 @@ from forebay.transports.messages import (
     TouchRequest,
     UnpinReply,
     UnpinRequest,
-    join_hashes,
     join_u32,
 )
 
-BATCH_BYTES = 64 << 20
-BATCH_BLOCKS = 1024
+BATCH_BYTES = 256 << 20
+BATCH_BLOCKS = 256
 """A store reserves at most this much at a time, so that a long one neither hoards slots nor starves others."""
 
 _ENVELOPE_BYTES = 1024
@@ -160,7 +159,7 @@ def transfer(
     if writable:
         table.check_writable()
     ids = table.checked_ids(range(len(hashes)) if block_ids is None else block_ids, len(hashes))
-    if writable and len(np.unique(ids)) != len(ids):
+    if writable and len(set(ids.tolist())) != len(ids):
         raise BadRequest("two hashes may not be fetched into one block")
     return Transfer(ns, hashes, table, ids)
 
@@ -201,14 +200,14 @@ def find_namespace(attachment: Attachment, prefix: bytes, rank: int) -> Steps[Na
 
 def lookup(attachment: Attachment, ns: Namespace, hashes: Sequence[bytes]) -> Steps[LookupResult]:
     handle = yield from open_namespace(attachment, ns)
-    blob = join_hashes(hashes[: attachment.hashes_max(ns)], ns.hash_bytes)
+    blob = b"".join(hashes[: attachment.hashes_max(ns)])
     reply = yield from call(LookupRequest(handle.ns, blob), LookupReply)
     return LookupResult(reply.blocks, dict(reply.by_tier), reply.load_us, reply.advice)
 
 
 def prefetch(attachment: Attachment, ns: Namespace, hashes: Sequence[bytes]) -> Steps[PrefetchResult]:
     handle = yield from open_namespace(attachment, ns)
-    blob = join_hashes(hashes[: attachment.hashes_max(ns)], ns.hash_bytes)
+    blob = b"".join(hashes[: attachment.hashes_max(ns)])
     reply = yield from call(PrefetchRequest(handle.ns, blob), PrefetchReply)
     return PrefetchResult(reply.resident, reply.promised)
 
@@ -218,7 +217,7 @@ def pin(attachment: Attachment, ns: Namespace, hashes: Sequence[bytes]) -> Steps
     handle = yield from open_namespace(attachment, ns)
     pinned = 0
     for part in _parts(hashes, attachment.hashes_max(ns)):
-        reply = yield from call(PinRequest(handle.ns, join_hashes(part, ns.hash_bytes)), PinReply)
+        reply = yield from call(PinRequest(handle.ns, b"".join(part)), PinReply)
         pinned += reply.count
         if reply.count < len(part):
             break
@@ -244,7 +243,7 @@ def evict(
     removed = kept = 0
     parts = [()] if scope == EvictScope.NAMESPACE else _parts(hashes, attachment.hashes_max(ns))
     for part in parts:
-        request = EvictRequest(handle.ns, int(scope), join_hashes(part, ns.hash_bytes), dry_run)
+        request = EvictRequest(handle.ns, int(scope), b"".join(part), dry_run)
         reply = yield from call(request, EvictReply)
         removed, kept = removed + reply.removed, kept + reply.kept
     return RemovalResult(removed, kept)
@@ -264,7 +263,7 @@ def _counted(
     handle = yield from open_namespace(attachment, ns)
     count = 0
     for part in _parts(hashes, attachment.hashes_max(ns)):
-        reply = yield from call(request_type(handle.ns, join_hashes(part, ns.hash_bytes)), reply_type)
+        reply = yield from call(request_type(handle.ns, b"".join(part)), reply_type)
         count += reply.count
     return count
 
@@ -286,20 +285,18 @@ def _locate(
     if not len(slots):
         return no_places(handle.block_bytes)
     serials, indices = np.divmod(slots, np.uint64(handle.slots_per_slab))
-    names, firsts, which = np.unique(serials, return_index=True, return_inverse=True)
+    bounds = [0, *(np.flatnonzero(serials[1:] != serials[:-1]) + 1).tolist(), len(slots)]
     mappings: list[SlabMapping] = []
-    usable = len(slots)
-    for name, first in zip(names.tolist(), firsts.tolist(), strict=True):
+    for serial in serials[bounds[:-1]].tolist():
         try:
-            mappings.append((yield from _mapped(attachment, handle, name)))
+            mappings.append((yield from _mapped(attachment, handle, serial)))
         except (PeerError, UnknownSession):
             raise
         except ForebayError:
-            usable = min(usable, first)
-            mappings.append(_NOWHERE)
-    part = slice(0, usable)
-    numbers = which[part].astype(np.int64)
-    return Places.resolve(mappings, numbers, indices[part].astype(np.int64), generations[part], handle.block_bytes)
+            break
+    bounds = bounds[: len(mappings) + 1]
+    part = slice(0, bounds[-1])
+    return Places.resolve(mappings, bounds, indices[part].astype(np.int64), generations[part], handle.block_bytes)
 
 
 def _mapped(attachment: Attachment, handle: OpenNamespaceReply, slab: int) -> Steps[SlabMapping]:
@@ -312,7 +309,6 @@ def _mapped(attachment: Attachment, handle: OpenNamespaceReply, slab: int) -> St
     return mapping
 
 
-_NOWHERE = SlabMapping(np.zeros(0, np.uint8), np.zeros(0, np.uint64), 1, 0, True, 0)
 """Stands for a slab that could not be mapped; no block is ever placed on it."""
 
 
@@ -351,7 +347,7 @@ def resolve(attachment: Attachment, ns: Namespace, lease: int) -> Steps[Held]:
 def _acquire(
     attachment: Attachment, handle: OpenNamespaceReply, ns: Namespace, hashes: Sequence[bytes], ttl_ms: int
 ) -> Steps[Held]:
-    blob = join_hashes(hashes, ns.hash_bytes)
+    blob = b"".join(hashes)
     reply = yield from call(AcquireRequest(handle.ns, blob, ttl_ms), AcquireReply)
     if not reply.lease:
         return Held(0, 0, no_places(handle.block_bytes))
@@ -425,7 +421,7 @@ class Grant:
 
 def reserve(attachment: Attachment, ns: Namespace, parent: bytes, hashes: Sequence[bytes]) -> Steps[Grant]:
     handle = yield from open_namespace(attachment, ns)
-    reply = yield from call(ReserveRequest(handle.ns, parent, join_hashes(hashes, ns.hash_bytes)), ReserveReply)
+    reply = yield from call(ReserveRequest(handle.ns, parent, b"".join(hashes)), ReserveReply)
     return (yield from _granted(attachment, handle, reply, len(hashes)))
 
 
@@ -516,7 +512,7 @@ class _Store:
         )
 
     def _reserve(self, handle: OpenNamespaceReply, first: int, last: int) -> Steps[ReserveReply]:
-        blob = join_hashes(self._work.hashes[first:last], self._work.ns.hash_bytes)
+        blob = b"".join(self._work.hashes[first:last])
         request = ReserveRequest(handle.ns, self._parent, blob)
         if self._written is None:
             replies = yield Exchange((request,))

@@ -28,7 +28,7 @@ from forebay.kvstore.errors import (
     UnknownSession,
 )
 from forebay.transports import paths
-from forebay.transports.messages import Reply, Request
+from forebay.transports.messages import ReleaseRequest, Reply, Request
 from forebay.transports.session import SessionClient
 from forebay.transports.zmq_sockets import ControlClient
 
@@ -71,6 +71,8 @@ class Link:
         self._timeout_s = options.timeout_ms / 1000
         self._slice_s = options.budget_ms / 1000
         self._conversation = Conversation(welcome)
+        self._watch = select.epoll()  # unlike a poll object, any number of threads may ask it at once
+        self._watch.register(self._session.fileno(), select.EPOLLIN)
         self._exchanging = threading.Lock()
         self._mapping = threading.Lock()
         self._counting = threading.Lock()
@@ -107,6 +109,7 @@ class Link:
         self._users = 1 << 30
 
     def _close(self) -> None:
+        self._watch.close()
         self._control.close()
         self._session.close()
 
@@ -116,9 +119,7 @@ class Link:
         """Take what the daemon has told meanwhile, without waiting. Raises PeerLost at its end of file."""
         if self.fault is not None:
             raise self.fault
-        poll = select.poll()  # one for each call: an object of it is for one thread at a time
-        poll.register(self._session.fileno(), select.POLLIN)
-        if not poll.poll(0):
+        if not self._watch.poll(0):
             return
         if not self._mapping.acquire(blocking=False):
             return  # somebody is reading the session; the next call takes the notices
@@ -161,6 +162,8 @@ class Link:
             self.notice()
         except ForebayError:
             return False
+        if isinstance(request, ReleaseRequest) and self._released(request.lease):
+            return True
         if not self._exchanging.acquire(timeout=self._timeout_s):
             return False
         try:
@@ -169,6 +172,15 @@ class Link:
             return self.fault is None
         finally:
             self._exchanging.release()
+
+    def _released(self, lease: int) -> bool:
+        """Tell it over the session, which is the cheaper way, unless another thread is using that."""
+        if not self._mapping.acquire(blocking=False):
+            return False
+        try:
+            return self._session.release(lease)
+        finally:
+            self._mapping.release()
 
     def _exchange(self, requests: Sequence[Request]) -> list[Reply | ForebayError]:
         deadline = time.monotonic() + self._timeout_s

@@ -7,7 +7,8 @@ is the one that came with the slot.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,15 +60,15 @@ class Places:
     """The slots of a list of blocks, in order.
 
     Attributes:
-        mappings: the slabs involved.
-        which: int64 (n,), index into `mappings` of each block.
+        mappings: the slab of each run of blocks that lie in one; a slab may come more than once.
+        bounds: run r is blocks ``bounds[r]`` to ``bounds[r + 1] - 1``.
         indices: int64 (n,), slot in slab of each block.
         generations: uint64 (n,), as they were when the slots were handed out.
         addresses: int64 (n,), where each slot begins in this process.
     """
 
     mappings: tuple[SlabMapping, ...]
-    which: Addresses
+    bounds: tuple[int, ...]
     indices: Addresses
     generations: NDArray[np.uint64]
     addresses: Addresses
@@ -80,39 +81,43 @@ class Places:
     def resolve(
         cls,
         mappings: Sequence[SlabMapping],
-        which: Addresses,
+        bounds: Sequence[int],
         indices: Addresses,
         generations: NDArray[np.uint64],
         block_bytes: int,
     ) -> Places:
         """Raises Corrupt when a slot lies outside its slab."""
-        slots = np.array([mapping.slots for mapping in mappings], np.int64)
-        if len(indices) and bool((indices >= slots[which]).any()):
-            raise Corrupt("the daemon named a slot outside its slab")
-        bases = np.array([mapping.address for mapping in mappings], np.int64)
-        steps = np.array([mapping.slot_bytes for mapping in mappings], np.int64)
-        addresses = bases[which] + indices * steps[which] if len(indices) else indices
-        return cls(tuple(mappings), which, indices, generations, addresses, block_bytes)
+        addresses = np.empty(len(indices), np.int64)
+        places = cls(tuple(mappings), tuple(bounds), indices, generations, addresses, block_bytes)
+        for mapping, run in places.runs():
+            mine = indices[run]
+            if int(mine.max()) >= mapping.slots:
+                raise Corrupt("the daemon named a slot outside its slab")
+            addresses[run] = mine * mapping.slot_bytes + mapping.address
+        return places
+
+    def runs(self) -> Iterator[tuple[SlabMapping, slice]]:
+        """Runs of blocks in one slab, in order."""
+        return zip(self.mappings, itertools.starmap(slice, itertools.pairwise(self.bounds)), strict=True)
 
     def verified(self) -> int:
         """Leading blocks whose slots still hold them; call it after the copy."""
-        holds = np.empty(len(self), bool)
-        for number, mapping in enumerate(self.mappings):
-            mine = self.which == number
-            holds[mine] = mapping.generations[self.indices[mine]] == self.generations[mine]
-        gone = np.flatnonzero(~holds)
-        return int(gone[0]) if len(gone) else len(self)
+        for mapping, run in self.runs():
+            holds = mapping.generations[self.indices[run]] == self.generations[run]
+            if not holds.all():
+                return int(run.start + np.argmin(holds))
+        return len(self)
 
     def views(self, *, writable: bool) -> list[NDArray[np.uint8]]:
         """One uint8 array (block_bytes,) per block, in place. Each keeps its slab mapped, not its slot leased."""
         views = []
-        for number, index in zip(self.which.tolist(), self.indices.tolist(), strict=True):
-            mapping = self.mappings[number]
-            view = mapping.data[index * mapping.slot_bytes :][: self.block_bytes]
-            if not writable:
-                view = view.view()
-                view.flags.writeable = False
-            views.append(view)
+        for mapping, run in self.runs():
+            for index in self.indices[run].tolist():
+                view = mapping.data[index * mapping.slot_bytes :][: self.block_bytes]
+                if not writable:
+                    view = view.view()
+                    view.flags.writeable = False
+                views.append(view)
         return views
 
     def slots(self) -> list[int]:
@@ -124,4 +129,4 @@ class Places:
 def no_places(block_bytes: int) -> Places:
     """The places of no blocks at all."""
     none = np.zeros(0, np.int64)
-    return Places((), none, none, np.zeros(0, np.uint64), none, block_bytes)
+    return Places((), (0,), none, np.zeros(0, np.uint64), none, block_bytes)

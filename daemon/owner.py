@@ -31,6 +31,8 @@ from forebay.transports.zmq_sockets import ControlServer
 
 log = logging.getLogger(__name__)
 
+_NAMES = {verb: verb.name.lower() for verb in Verb}
+_AFTER_RELEASES = frozenset({Verb.EVICT, Verb.CLEAR})
 _ROUNDS_MAX = 8
 _TICK_S = 1.0
 _TICK_MS = 1000
@@ -132,6 +134,8 @@ class Owner:
     def carry_out(self) -> str:
         """Do what the store decided since the last call; returns why a slab could not be had, else nothing."""
         failure = ""
+        if self._store.has_no_effects():
+            return failure
         effects = self._store.drain_effects()
         while effects.slabs or effects.generations:
             done = self._memory.carry_out(effects)
@@ -203,7 +207,7 @@ class Owner:
         except ForebayError as error:
             self._counters.observe("undecodable", self._clock() - now, type(error).__name__)
             return encode_error(request_id_of(error), self._boot_id, error)
-        request_id, name = envelope.request_id, envelope.verb.name.lower()
+        request_id, name = envelope.request_id, _NAMES[envelope.verb]
         try:
             answer = encode_reply(request_id, self._boot_id, self._decide(envelope, now))
         except ForebayError as error:
@@ -216,6 +220,8 @@ class Owner:
         session_id = self._sessions.session_of(envelope.session_token)
         if not session_id and (envelope.verb is not Verb.PING or envelope.session_token):
             raise UnknownSession("the session has ended or was never opened")
+        if envelope.verb in _AFTER_RELEASES:
+            self._serve_descriptors(now)  # what the client released before it asked is on the other socket
         try:
             reply = self._verbs.answer(session_id, envelope.verb, envelope.request, now)
         except ForebayError:

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from forebay.daemon.control_link import CLIENT_NAME as TOOL_NAME
 from forebay.daemon.live_slabs import LiveSlabs
 from forebay.daemon.logging import fields
-from forebay.kvstore.errors import Forbidden, ForebayError, PeerLost
+from forebay.kvstore.errors import Forbidden, ForebayError, NotLeased, PeerLost
 from forebay.kvstore.groups import SlabRetired
 from forebay.kvstore.store import Store
 from forebay.transports.codec import request_id_of
-from forebay.transports.packets import Hello, MapSlab, Retired, SlabMap
+from forebay.transports.packets import Hello, MapSlab, Release, Retired, SlabMap
 from forebay.transports.session import SessionListener, SessionPeer
 
 log = logging.getLogger(__name__)
@@ -138,9 +138,12 @@ class Sessions:
             return
         self._watch_outbox(attached.peer)
 
-    def _serve_packet(self, attached: _Attached, packet_id: int, packet: Hello | MapSlab) -> None:
+    def _serve_packet(self, attached: _Attached, packet_id: int, packet: Hello | MapSlab | Release) -> None:
         if isinstance(packet, Hello):
             self._welcome(attached, packet_id, packet)
+            return
+        if isinstance(packet, Release):
+            self._release(attached, packet)
             return
         try:
             self._send_slab(attached, packet_id, packet)
@@ -162,6 +165,12 @@ class Sessions:
         attached.log_level = logging.DEBUG if hello.client_name == TOOL_NAME else logging.INFO
         named = fields(session=session_id, pid=peer.pid, uid=peer.uid, client=hello.client_name)
         log.log(attached.log_level, "client attached", extra=named)
+
+    def _release(self, attached: _Attached, packet: Release) -> None:
+        try:
+            self._store.release(attached.session_id, packet.lease)
+        except NotLeased as error:  # it ran out by the clock, which its holder will have noticed
+            log.debug("late release", extra=fields(session=attached.session_id, error=error))
 
     def _send_slab(self, attached: _Attached, packet_id: int, packet: MapSlab) -> None:
         shard, slab = self._store.slab(attached.session_id, packet.ns, packet.slab)

@@ -26,8 +26,12 @@ class Allocator:
         self._counters = counters
         self._slab_idle_s = slab_idle_s
 
-    def ensure(self, shard: Shard, groups: Iterable[Group], now: float) -> bool:
-        """Make sure the shard has a free slot; False when nothing may be evicted for it."""
+    def ensure(self, shard: Shard, groups: Iterable[Group], now: float, wanted: int = 1) -> bool:
+        """Make sure the shard has a free slot; False when nothing may be evicted for it.
+
+        Where its own blocks have to go, `wanted` of them go together if they may: a chain's slots then come back as
+        they lay, one after the other, and the next chain's copy is one run.
+        """
         if shard.slots.has_free() or self._assign(shard):
             return True
         donors = None
@@ -35,7 +39,7 @@ class Allocator:
             donors = _coldest_first(groups, shard.group)
             if self._take_empty(donors) or self._look_around(shard, donors, now):
                 return self._assign(shard)
-        if self._evict_own(shard):
+        if self._evict_own(shard, wanted):
             return True
         donors = _coldest_first(groups, shard.group) if donors is None else donors
         return (self._balance(shard) or any(self._take(d.shards.values()) for d in donors)) and self._assign(shard)
@@ -82,12 +86,12 @@ class Allocator:
             return False
         return self._take(donors[0].shards.values(), _SLABS_TRIED_MAX)
 
-    def _evict_own(self, shard: Shard) -> bool:
-        while not shard.slots.has_free():
+    def _evict_own(self, shard: Shard, wanted: int) -> bool:
+        while shard.slots.count(FREE) < wanted:
             # A shard that holds no block gains nothing from a victim: its sibling ranks' slots are not its own.
             if not shard.slots.count(RESIDENT) or not shard.group.evict_one():
-                return False
-        return True
+                break
+        return shard.slots.has_free()
 
     def _balance(self, shard: Shard, slabs_tried_max: int | None = None) -> bool:
         """Take a slab from the rank that has most, if it has two more: a block needs all its ranks."""

@@ -251,10 +251,11 @@ class Store:
         above = present[-1] if present else self._parent_row(group, parent)
         refusal = self._refusal(group, parent, above)
         partial = self._hold_partial(group, hashes[len(present) :])
-        for name in hashes[len(present) :]:
+        for position in range(len(present), len(hashes)):
             outcome = refusal
             if outcome is None:
-                outcome, above, place = self._reserve_one(shard, name, above, now)
+                left = len(hashes) - position
+                outcome, above, place = self._reserve_one(shard, hashes[position], above, now, left)
                 if outcome == Outcome.FULL:
                     refusal = outcome
                 elif place is not None:
@@ -395,6 +396,9 @@ class Store:
         if shard.slots.is_empty(slab):
             self._allocator.retire(shard, [slab])
 
+    def has_no_effects(self) -> bool:
+        return not (self.effects.slabs or self.effects.generations)
+
     def drain_effects(self) -> Effects:
         """What must be carried out before the next answer is sent; the caller owns it."""
         effects = replace(self.effects)
@@ -528,9 +532,9 @@ class Store:
         return rows
 
     def _reserve_one(
-        self, shard: Shard, name: bytes, above: int, now: float
+        self, shard: Shard, name: bytes, above: int, now: float, left: int
     ) -> tuple[Outcome, int, tuple[int, int] | None]:
-        """Returns (outcome, the block's row, (slot, generation) when it is to be written)."""
+        """Returns (outcome, the block's row, (slot, generation) when it is to be written); `left` are yet to come."""
         group = shard.group
         index = group.index
         row = index.find(name)
@@ -541,7 +545,7 @@ class Store:
         elif index.reserved_slot(row, HOST, shard.rank) >= 0:
             return Outcome.IN_FLIGHT, row, None
         group.hold((row,))
-        room = self._allocator.ensure(shard, self._groups.values(), now)
+        room = self._allocator.ensure(shard, self._groups.values(), now, left)
         place = group.reserve(shard, row) if room else None
         group.let_go((row,))
         return (Outcome.WRITE, row, place) if place else (Outcome.FULL, above, None)

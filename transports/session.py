@@ -42,6 +42,7 @@ from forebay.transports.packets import (
     MapSlab,
     Packet,
     Refusal,
+    Release,
     Retired,
     SlabMap,
     Welcome,
@@ -210,7 +211,7 @@ class SessionPeer:
         """Whether packets wait for the client to read; poll for writable then, and call `flush`."""
         return bool(self._outbox)
 
-    def receive(self) -> tuple[int, Hello | MapSlab] | None:
+    def receive(self) -> tuple[int, Hello | MapSlab | Release] | None:
         """The next packet with its id, or None when there is none (or the client has not read its answers yet).
 
         Descriptors that a client sends are thrown away by the kernel. Raises PeerLost when the client is gone,
@@ -233,7 +234,7 @@ class SessionPeer:
                 raise VersionMismatch(f"this daemon speaks protocol version {PROTOCOL_VERSION}")
             self.hello = packet
             return packet_id, packet
-        if isinstance(packet, MapSlab) and self.token and packet_id:
+        if self.token and isinstance(packet, MapSlab if packet_id else Release):
             return packet_id, packet
         raise BadRequest(f"packet {packet.kind!r} is out of place")
 
@@ -379,6 +380,15 @@ class SessionClient:
                 _close_all(fds)
                 raise PeerLost("the daemon answered a map request with something else")
             return MappedSlab(packet, *fds)
+
+    def release(self, lease: int) -> bool:
+        """Tell that a lease is over, without waiting; False when that cannot be told this way now."""
+        try:
+            self._socket.settimeout(0)
+            _send(self._socket, encode_packet(0, Release(lease)), (), socket.MSG_NOSIGNAL)
+        except OSError:
+            return False
+        return True
 
     def poll_events(self) -> list[Retired]:
         """Notices that came since the last call; never waits. Raises PeerLost once, then after every notice."""

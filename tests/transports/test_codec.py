@@ -67,6 +67,7 @@ packets = st.one_of(
     st.builds(p.Welcome, counts, st.just(TOKEN), st.just(BOOT), u63, u63),
     st.builds(p.MapSlab, u63, u63),
     st.builds(p.SlabMap, u63, u63, u63, u63, st.integers(1, m.U31_MAX), st.booleans()),
+    st.builds(p.Release, st.integers(1, (1 << 63) - 1)),
     st.builds(p.Retired, u63, u63),
     st.builds(p.Refusal, st.sampled_from(sorted(BY_CODE)[1:]), names),
 )

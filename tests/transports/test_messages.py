@@ -61,6 +61,7 @@ GOOD: dict[type[m.Record], list[Any]] = {
     p.Welcome: [1, bytes(16), bytes(16), 4 << 20, 65536],
     p.MapSlab: [1, 0],
     p.SlabMap: [1, 0, 1 << 26, 8192, 8192, True],
+    p.Release: [1],
     p.Retired: [1, 0],
     p.Refusal: [101, "no"],
 }
@@ -144,6 +145,7 @@ BAD: list[tuple[type[m.Record], int, Any]] = [
     (p.SlabMap, 2, 0),
     (p.SlabMap, 4, 0),
     (p.SlabMap, 5, 1),
+    (p.Release, 0, 0),
     (p.Retired, 1, -1),
     (p.Refusal, 0, 0),
     (p.Refusal, 1, LONG),

@@ -12,6 +12,7 @@ def test_the_largest_packet_of_every_kind_fits_the_limit() -> None:
         packets.Welcome(1, bytes(16), bytes(16), (1 << 63) - 1, (1 << 63) - 1),
         packets.MapSlab((1 << 63) - 1, (1 << 63) - 1),
         packets.SlabMap((1 << 63) - 1, 0, (1 << 63) - 1, (1 << 63) - 1, (1 << 31) - 1, True),
+        packets.Release((1 << 63) - 1),
         packets.Retired((1 << 63) - 1, (1 << 63) - 1),
         packets.Refusal(401, "\U0001f30a" * 1024),
     ]
@@ -20,4 +21,4 @@ def test_the_largest_packet_of_every_kind_fits_the_limit() -> None:
 
 
 def test_the_kinds_are_what_third_parties_were_told() -> None:
-    assert set(packets.PACKETS) == {"hello", "welcome", "map", "slab", "retired", "error"}
+    assert set(packets.PACKETS) == {"hello", "welcome", "map", "slab", "release", "retired", "error"}

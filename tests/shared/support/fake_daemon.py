@@ -32,7 +32,7 @@ from forebay.kvstore.outcome import Outcome
 from forebay.transports import messages as m
 from forebay.transports import paths
 from forebay.transports.codec import decode_request, encode_error, encode_reply
-from forebay.transports.packets import Hello, MapSlab, Retired, SlabMap
+from forebay.transports.packets import Hello, MapSlab, Release, Retired, SlabMap
 from forebay.transports.session import SessionListener, SessionPeer
 from forebay.transports.shm import GenerationTable, create_memfd
 from forebay.transports.zmq_sockets import ControlServer
@@ -231,10 +231,14 @@ class FakeDaemon:
                 del grants[number]
         peer.close()
 
-    def _serve_packet(self, peer: SessionPeer, packet_id: int, packet: Hello | MapSlab) -> None:
+    def _serve_packet(self, peer: SessionPeer, packet_id: int, packet: Hello | MapSlab | Release) -> None:
         if isinstance(packet, Hello):
             peer.welcome(self._boot_id, m.MESSAGE_BYTES_MAX, self.max_hashes)
             self.sessions_seen += 1
+            return
+        if isinstance(packet, Release):
+            self.requests.append((peer.token, m.ReleaseRequest(packet.lease)))
+            self._leases.pop(packet.lease, None)
             return
         space = self._namespaces.get(packet.ns)
         if space is None or packet.slab in self.unmappable or packet.slab not in space.slabs:
