@@ -71,6 +71,7 @@ class Link:
         self._timeout_s = options.timeout_ms / 1000
         self._slice_s = options.budget_ms / 1000
         self._conversation = Conversation(welcome)
+        self._arrived: dict[int, Reply | ForebayError] = {}
         self._watch = select.epoll()  # unlike a poll object, any number of threads may ask it at once
         self._watch.register(self._session.fileno(), select.EPOLLIN)
         self._exchanging = threading.Lock()
@@ -192,8 +193,9 @@ class Link:
             encoded = [self._conversation.encode(request) for request in requests]
             try:
                 for _, payload in encoded:
-                    self._send(payload, deadline)
-                return self._collect([number for number, _ in encoded], deadline)
+                    if not self._control.send(payload):
+                        self._send(payload, deadline)
+                return [self._reply_to(number, deadline) for number, _ in encoded]
             except (PeerError, UnknownSession) as error:
                 self.fault = self.fault or error
                 raise
@@ -207,19 +209,24 @@ class Link:
         while not self._control.send(payload, min(deadline, time.monotonic() + self._slice_s)):
             self._check_waiting(deadline)
 
-    def _collect(self, numbers: list[int], deadline: float) -> list[Reply | ForebayError]:
-        replies: dict[int, Reply | ForebayError] = {}
-        while len(replies) < len(numbers):
+    def _reply_to(self, number: int, deadline: float) -> Reply | ForebayError:
+        """The reply to this request; those of requests that nobody waits for are passed over."""
+        while True:
+            arrived = self._arrived.pop(number, None)
+            if arrived is not None:
+                return arrived
             payload = self._control.receive(min(deadline, time.monotonic() + self._slice_s))
             if payload is None:
                 self._check_waiting(deadline)
                 continue
             reply = self._conversation.decode(payload)
-            if reply is not None:
-                replies[reply[0]] = reply[1]
-        if any(isinstance(reply, UnknownNamespace) for reply in replies.values()):
-            self.attachment.handles.clear()
-        return [replies[number] for number in numbers]
+            if reply is None:
+                continue
+            if isinstance(reply[1], UnknownNamespace):
+                self.attachment.handles.clear()
+            if reply[0] == number:
+                return reply[1]
+            self._arrived[reply[0]] = reply[1]
 
     def _check_waiting(self, deadline: float) -> None:
         """A daemon that died ends the wait at once, one that hangs at the deadline."""

@@ -92,17 +92,17 @@ class Owner:
         """Serve until `stop` was called and what was under way has ended, or its time has."""
         while not self._stopped():
             message = self._server.wait(0 if self._unserved else self._wait_ms())
-            started = self._clock()
-            self.last_turn_s = started
+            self.last_turn_s = started = self._clock()
             if message is not None:
-                self._server.send(message[0], self._answer(message[1]))
+                self._server.send(message[0], self._answer(message[1], started))
             if message is None or self._unserved:
                 self._serve_descriptors(started)
             self._keep_time(started)
             took_s = self._clock() - started
             self._turns += 1
             self._busy_s += took_s
-            self._longest_turn_s = max(self._longest_turn_s, took_s)
+            if took_s > self._longest_turn_s:
+                self._longest_turn_s = took_s
 
     def stop(self, within_s: float) -> None:
         """Begin to drain: refuse new work, let leases and reservations end, at most for `within_s`. Idempotent."""
@@ -199,9 +199,8 @@ class Owner:
                 else:
                     self._sessions.serve(fd, events, now)
 
-    def _answer(self, payload: bytes) -> bytes:
+    def _answer(self, payload: bytes, now: float) -> bytes:
         """The reply to one message, whatever it is."""
-        now = self._clock()
         try:
             envelope = decode_request(payload, self._message_bytes_max)
         except ForebayError as error:
