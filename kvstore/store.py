@@ -544,6 +544,8 @@ class Store:
             return Outcome.PRESENT, row, None
         elif index.reserved_slot(row, HOST, shard.rank) >= 0:
             return Outcome.IN_FLIGHT, row, None
+        if shard.slots.has_free():
+            return Outcome.WRITE, row, group.reserve(shard, row)
         group.hold((row,))
         room = self._allocator.ensure(shard, self._groups.values(), now, left)
         place = group.reserve(shard, row) if room else None
