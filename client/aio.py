@@ -120,8 +120,8 @@ class AsyncClient:
 
     async def lookup(self, ns: Namespace, hashes: Sequence[bytes]) -> LookupResult:
         """How many leading blocks are stored; takes no lease. Blocking: one round trip."""
-        ns.check_hashes(hashes)
-        return await self._run(lambda attachment: core.lookup(attachment, ns, hashes), LookupResult())
+        blob = ns.blob(hashes)
+        return await self._run(lambda attachment: core.lookup(attachment, ns, blob), LookupResult())
 
     async def acquire(self, ns: Namespace, hashes: Sequence[bytes], ttl_ms: int = 0) -> Lease:
         """Lease the leading blocks to read them in place; use it in a `with`. 0: the daemon's time to live.

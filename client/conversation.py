@@ -10,7 +10,7 @@ import itertools
 from forebay.client import core
 from forebay.kvstore.errors import ForebayError, PeerLost, UnknownSession
 from forebay.transports.codec import decode_reply, encode_request
-from forebay.transports.messages import REPLIES, Reply, Request
+from forebay.transports.messages import REPLY_OF, Reply, Request
 from forebay.transports.packets import Welcome
 
 
@@ -30,7 +30,7 @@ class Conversation:
         number = next(self._numbers)
         payload = encode_request(number, self._token, request, self._bytes_max)
         if expected:
-            self._expected[number] = REPLIES[request.verb]
+            self._expected[number] = REPLY_OF[type(request)]
         return number, payload
 
     def abandon(self, number: int) -> None:

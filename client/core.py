@@ -198,10 +198,11 @@ def find_namespace(attachment: Attachment, prefix: bytes, rank: int) -> Steps[Na
     return Namespace.found(request, (yield from call(request, FindNamespaceReply)))
 
 
-def lookup(attachment: Attachment, ns: Namespace, hashes: Sequence[bytes]) -> Steps[LookupResult]:
+def lookup(attachment: Attachment, ns: Namespace, blob: bytes) -> Steps[LookupResult]:
     handle = yield from open_namespace(attachment, ns)
-    blob = b"".join(hashes[: attachment.hashes_max(ns)])
-    reply = yield from call(LookupRequest(handle.ns, blob), LookupReply)
+    bytes_max = attachment.hashes_max(ns) * ns.hash_bytes
+    asked = blob if len(blob) <= bytes_max else blob[:bytes_max]
+    reply = yield from call(LookupRequest(handle.ns, asked), LookupReply)
     return LookupResult(reply.blocks, dict(reply.by_tier), reply.load_us, reply.advice)
 
 

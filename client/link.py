@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from forebay.client.conversation import Conversation
 from forebay.client.copier import Copier
-from forebay.client.core import Action, Attachment, Copy, Exchange, Map, Steps
+from forebay.client.core import Action, Attachment, Copy, Exchange, Map, Steps, expect
 from forebay.client.options import ClientOptions
 from forebay.client.places import SlabMapping
 from forebay.kvstore.errors import (
@@ -28,7 +28,7 @@ from forebay.kvstore.errors import (
     UnknownSession,
 )
 from forebay.transports import paths
-from forebay.transports.messages import ReleaseRequest, Reply, Request
+from forebay.transports.messages import REPLY_OF, ReleaseRequest, Reply, Request
 from forebay.transports.session import SessionClient
 from forebay.transports.zmq_sockets import ControlClient
 
@@ -183,9 +183,13 @@ class Link:
         finally:
             self._mapping.release()
 
+    def ask(self, request: Request) -> Reply:
+        """One request, one reply; raises what the daemon answered."""
+        return expect(self._exchange((request,))[0], REPLY_OF[type(request)])
+
     def _exchange(self, requests: Sequence[Request]) -> list[Reply | ForebayError]:
         deadline = time.monotonic() + self._timeout_s
-        if not self._exchanging.acquire(timeout=self._timeout_s):
+        if not self._exchanging.acquire(blocking=False) and not self._exchanging.acquire(timeout=self._timeout_s):
             raise Timeout("other threads' requests were not answered")
         try:
             if self.fault is not None:

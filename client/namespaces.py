@@ -66,6 +66,16 @@ class Namespace:
             raise BadRequest("a namespace found by its fingerprint cannot hash: its spec is not known")
         return PrefixHasher(self.spec)
 
+    def blob(self, hashes: Sequence[bytes]) -> bytes:
+        """The hashes joined, for a question: only their total length is checked, for a wrong one just misses.
+
+        Raises BadRequest.
+        """
+        joined = b"".join(hashes)
+        if len(joined) != len(hashes) * self.hash_bytes:
+            raise BadRequest(f"every hash of this namespace is {self.hash_bytes} bytes")
+        return joined
+
     def check_hashes(self, hashes: Sequence[bytes]) -> None:
         """Raise BadRequest unless every hash is as wide as this namespace's."""
         if list(map(len, hashes)).count(self.hash_bytes) != len(hashes):

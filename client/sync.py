@@ -43,13 +43,17 @@ from forebay.transports.messages import (
     ClearReply,
     ClearRequest,
     EvictScope,
-    PingReply,
     PingRequest,
+    Reply,
     StatusReply,
     StatusRequest,
 )
 
 T = TypeVar("T")
+
+
+def _ping(link: Link) -> Reply:
+    return link.ask(PingRequest())
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,8 +126,8 @@ class Client:
 
     def lookup(self, ns: Namespace, hashes: Sequence[bytes]) -> LookupResult:
         """How many leading blocks are stored; takes no lease. Blocking: one round trip."""
-        ns.check_hashes(hashes)
-        return self._run(lambda attachment: core.lookup(attachment, ns, hashes), LookupResult())
+        blob = ns.blob(hashes)
+        return self._run(lambda attachment: core.lookup(attachment, ns, blob), LookupResult())
 
     def acquire(self, ns: Namespace, hashes: Sequence[bytes], ttl_ms: int = 0) -> Lease:
         """Lease the leading blocks to read them in place; use it in a `with`. 0: the daemon's time to live.
@@ -245,7 +249,7 @@ class Client:
 
     def ping(self) -> bool:
         """Whether the daemon answers. Blocking: one round trip."""
-        return self._run(lambda _: core.call(PingRequest(), PingReply), None) is not None
+        return self._use(_ping).error is None
 
     def status(self) -> dict[str, Any]:
         """The daemon's status document; empty without a daemon."""
@@ -292,7 +296,11 @@ class Client:
         return miss if tried.value is None else tried.value
 
     def _try(self, operation: core.Operation[T], *, keep: bool = False) -> _Tried[T]:
-        """Run an operation; an error is raised in strict mode, else counted and returned.
+        """Run an operation; see `_use`."""
+        return self._use(lambda link: link.drive(operation(link.attachment)), keep=keep)
+
+    def _use(self, action: Callable[[Link], T], *, keep: bool = False) -> _Tried[T]:
+        """Do something with the link; an error is raised in strict mode, else counted and returned.
 
         With `keep` a success leaves the link entered, for the caller to leave.
         """
@@ -301,7 +309,7 @@ class Client:
             link = self._attached()
             kept = False
             try:
-                value = link.drive(operation(link.attachment))
+                value = action(link)
                 kept = keep
                 return _Tried(value, link, None)
             finally:

@@ -26,13 +26,13 @@ from forebay.kvstore.errors import ForebayError, Internal, TierFull, UnknownSess
 from forebay.kvstore.store import Store
 from forebay.tiers.base import Tier
 from forebay.transports.codec import Envelope, decode_request, encode_error, encode_reply, request_id_of
-from forebay.transports.messages import Reply, Verb
+from forebay.transports.messages import REQUESTS, ClearRequest, EvictRequest, PingRequest, Reply
 from forebay.transports.zmq_sockets import ControlServer
 
 log = logging.getLogger(__name__)
 
-_NAMES = {verb: verb.name.lower() for verb in Verb}
-_AFTER_RELEASES = frozenset({Verb.EVICT, Verb.CLEAR})
+_NAMES = {request: verb.name.lower() for verb, request in REQUESTS.items()}
+_AFTER_RELEASES = (EvictRequest, ClearRequest)
 _ROUNDS_MAX = 8
 _TICK_S = 1.0
 _TICK_MS = 1000
@@ -206,7 +206,7 @@ class Owner:
         except ForebayError as error:
             self._counters.observe("undecodable", self._clock() - now, type(error).__name__)
             return encode_error(request_id_of(error), self._boot_id, error)
-        request_id, name = envelope.request_id, _NAMES[envelope.verb]
+        request_id, name = envelope.request_id, _NAMES[type(envelope.request)]
         try:
             answer = encode_reply(request_id, self._boot_id, self._decide(envelope, now))
         except ForebayError as error:
@@ -217,12 +217,13 @@ class Owner:
 
     def _decide(self, envelope: Envelope, now: float) -> Reply:
         session_id = self._sessions.session_of(envelope.session_token)
-        if not session_id and (envelope.verb is not Verb.PING or envelope.session_token):
+        request = envelope.request
+        if not session_id and (type(request) is not PingRequest or envelope.session_token):
             raise UnknownSession("the session has ended or was never opened")
-        if envelope.verb in _AFTER_RELEASES:
+        if isinstance(request, _AFTER_RELEASES):
             self._serve_descriptors(now)  # what the client released before it asked is on the other socket
         try:
-            reply = self._verbs.answer(session_id, envelope.verb, envelope.request, now)
+            reply = self._verbs.answer(session_id, request, now)
         except ForebayError:
             self.carry_out()
             raise

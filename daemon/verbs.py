@@ -31,31 +31,31 @@ class Verbs:
         self.lease_ttl_s = lease_ttl_s
         self._status = status
         self._hashes_max = hashes_max
-        self._by_verb: dict[m.Verb, Callable[[int, Any, float], m.Reply]] = {
-            m.Verb.PING: self._ping,
-            m.Verb.OPEN_NAMESPACE: self._open_namespace,
-            m.Verb.FIND_NAMESPACE: self._find_namespace,
-            m.Verb.LOOKUP: self._lookup,
-            m.Verb.ACQUIRE: self._acquire,
-            m.Verb.RESOLVE: self._resolve,
-            m.Verb.RELEASE: self._release,
-            m.Verb.RESERVE: self._reserve,
-            m.Verb.COMMIT: self._commit,
-            m.Verb.ABORT: self._abort,
-            m.Verb.PIN: self._pin,
-            m.Verb.UNPIN: self._unpin,
-            m.Verb.EVICT: self._evict,
-            m.Verb.TOUCH: self._touch,
-            m.Verb.DONE: self._done,
-            m.Verb.PREFETCH: self._prefetch,
-            m.Verb.STATUS: self._status_document,
-            m.Verb.CHECK: self._check,
-            m.Verb.CLEAR: self._clear,
+        self._by_type: dict[type[m.Request], Callable[[int, Any, float], m.Reply]] = {
+            m.PingRequest: self._ping,
+            m.OpenNamespaceRequest: self._open_namespace,
+            m.FindNamespaceRequest: self._find_namespace,
+            m.LookupRequest: self._lookup,
+            m.AcquireRequest: self._acquire,
+            m.ResolveRequest: self._resolve,
+            m.ReleaseRequest: self._release,
+            m.ReserveRequest: self._reserve,
+            m.CommitRequest: self._commit,
+            m.AbortRequest: self._abort,
+            m.PinRequest: self._pin,
+            m.UnpinRequest: self._unpin,
+            m.EvictRequest: self._evict,
+            m.TouchRequest: self._touch,
+            m.DoneRequest: self._done,
+            m.PrefetchRequest: self._prefetch,
+            m.StatusRequest: self._status_document,
+            m.CheckRequest: self._check,
+            m.ClearRequest: self._clear,
         }
 
-    def answer(self, session_id: int, verb: m.Verb, request: m.Request, now: float) -> m.Reply:
+    def answer(self, session_id: int, request: m.Request, now: float) -> m.Reply:
         """The reply to a checked request; raises ForebayError."""
-        return self._by_verb[verb](session_id, request, now)
+        return self._by_type[type(request)](session_id, request, now)
 
     def _hashes(self, session_id: int, ns: int, blob: bytes) -> list[bytes]:
         return m.split_hashes(blob, self.store.shard(session_id, ns).group.spec.hash_bytes, self._hashes_max)

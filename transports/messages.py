@@ -654,3 +654,6 @@ REPLIES: dict[Verb, type[Reply]] = {
     Verb.CHECK: CheckReply,
     Verb.CLEAR: ClearReply,
 }
+
+REPLY_OF: dict[type[Request], type[Reply]] = {REQUESTS[verb]: reply for verb, reply in REPLIES.items()}
+"""By type, which hashes at once; an enumeration's member hashes in Python."""

@@ -33,7 +33,7 @@ def verbs(store: Store) -> Verbs:
 
 def ask(verbs: Verbs, request: m.Request, now: float = 0.0) -> m.Reply:
     """The reply, checked as a client would check it."""
-    reply = verbs.answer(1, request.verb, request, now)
+    reply = verbs.answer(1, request, now)
     assert type(reply) is m.REPLIES[request.verb]
     reply.check()
     return reply
