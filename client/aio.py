@@ -196,7 +196,7 @@ class AsyncClient:
             block_ids: where in it each block lies; None: 0, 1, 2, ...
         Raises:
             LayoutError, BadRequest: the memory, the ids or the hashes do not fit the namespace.
-        Blocking: a round trip and the copy per batch of at most 64 MiB, and one more.
+        Blocking: a round trip and the copy per batch of at most 256 MiB or 256 blocks, and one more.
         """
         work = core.transfer(ns, hashes, source, block_ids, writable=False)
         strict = self.options.strict

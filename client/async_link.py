@@ -26,7 +26,7 @@ from forebay.kvstore.errors import (
     UnknownNamespace,
     UnknownSession,
 )
-from forebay.transports.messages import PingRequest, Reply, Request
+from forebay.transports.messages import PingRequest, ReleaseRequest, Reply, Request
 from forebay.transports.session import SessionClient
 from forebay.transports.zmq_sockets import ControlClient
 
@@ -114,6 +114,8 @@ class AsyncLink:
                 self._take(payload)
         except (PeerError, UnknownSession) as error:
             self._fail(error)
+        except ForebayError as error:
+            self._fail(PeerLost(f"an unreadable reply: {error}"))
 
     def _take(self, payload: bytes) -> None:
         reply = self._conversation.decode(payload)
@@ -164,8 +166,10 @@ class AsyncLink:
 
     def post(self, request: Request) -> bool:
         """Send a request whose reply nobody needs; False, without a word, when the session is known to be over."""
-        if self.fault is None:
-            self._control.send(self._conversation.encode(request, expected=False)[1])
+        if self.fault is None and not self._control.send(self._conversation.encode(request, expected=False)[1]):
+            if not isinstance(request, ReleaseRequest):  # a lease ends by itself; slots come back with the session
+                self._fail(PeerLost("a request could not be sent"))
+            return False
         return self.fault is None
 
     async def _exchange(self, requests: tuple[Request, ...]) -> list[Reply | ForebayError]:

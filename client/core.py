@@ -310,9 +310,6 @@ def _mapped(attachment: Attachment, handle: OpenNamespaceReply, slab: int) -> St
     return mapping
 
 
-"""Stands for a slab that could not be mapped; no block is ever placed on it."""
-
-
 def _plan(work: Transfer, first: int, places: Places, handle: OpenNamespaceReply) -> CopyPlan:
     ids = work.block_ids[first : first + len(places)]
     return CopyPlan(work.table, ids, places.addresses, handle.slot_bytes, places.mappings)

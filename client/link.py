@@ -106,7 +106,8 @@ class Link:
     def disown(self) -> None:
         """In a forked child: the sockets and leases are the parent's; forget them without a word."""
         self.fault = PeerLost("this session belongs to the parent process")
-        self._counting = threading.Lock()  # the old one may be held for ever by a thread that is not here
+        # The old ones may be held for ever by a thread that is not here.
+        self._counting, self._exchanging, self._mapping = threading.Lock(), threading.Lock(), threading.Lock()
         self._users = 1 << 30
 
     def _close(self) -> None:
@@ -158,21 +159,31 @@ class Link:
         return self.post(action.request)
 
     def post(self, request: Request) -> bool:
-        """Send a request whose reply nobody needs; False, without a word, when the session is known to be over."""
+        """Send a request whose reply nobody needs; False, without a word, when the session is known to be over.
+
+        What gives slots back must arrive: if it cannot be sent the session ends, and gives back everything.
+        """
+        self.enter()  # or it might be closed by another thread at any point below
         try:
             self.notice()
-        except ForebayError:
+            if isinstance(request, ReleaseRequest) and self._released(request.lease):
+                return True
+            if not self._exchanging.acquire(timeout=self._timeout_s):
+                raise Timeout("other threads' requests were not answered")
+            try:
+                if self.fault is not None:
+                    raise self.fault
+                if not self._control.send(self._conversation.encode(request, expected=False)[1]):
+                    raise PeerLost("a request could not be sent")
+            finally:
+                self._exchanging.release()
+        except ForebayError as error:
+            if not isinstance(request, ReleaseRequest):  # a lease ends by itself
+                self.fault = self.fault or error
             return False
-        if isinstance(request, ReleaseRequest) and self._released(request.lease):
-            return True
-        if not self._exchanging.acquire(timeout=self._timeout_s):
-            return False
-        try:
-            if self.fault is None:
-                self._control.send(self._conversation.encode(request, expected=False)[1])
-            return self.fault is None
         finally:
-            self._exchanging.release()
+            self.leave()
+        return True
 
     def _released(self, lease: int) -> bool:
         """Tell it over the session, which is the cheaper way, unless another thread is using that."""
@@ -188,9 +199,11 @@ class Link:
         return expect(self._exchange((request,))[0], REPLY_OF[type(request)])
 
     def _exchange(self, requests: Sequence[Request]) -> list[Reply | ForebayError]:
-        deadline = time.monotonic() + self._timeout_s
+        if self.fault is not None:
+            raise self.fault
         if not self._exchanging.acquire(blocking=False) and not self._exchanging.acquire(timeout=self._timeout_s):
             raise Timeout("other threads' requests were not answered")
+        deadline = time.monotonic() + self._timeout_s
         try:
             if self.fault is not None:
                 raise self.fault

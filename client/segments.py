@@ -89,7 +89,10 @@ class SegmentTable:
         self.block_bytes = sum(self.sizes)
         self.offsets: Addresses = np.cumsum(joined) - joined
         self.blocks = blocks
-        overlapping = blocks > 1 and bool((np.abs(self.strides) < joined).any())
+        order = np.argsort(self.bases)
+        ends = (self.bases + joined)[order]
+        overlapping = bool((self.bases[order][1:] < ends[:-1]).any())  # segments of one block, as in an expanded tensor
+        overlapping |= blocks > 1 and bool((np.abs(self.strides) < joined).any())
         self.writable = writable and not overlapping
         self.owners = owners
         self.rows: list[NDArray[Any]] = [
@@ -196,9 +199,9 @@ class SegmentTable:
             raise LayoutError("the segments are cut at other places than the namespace's segment_bytes")
 
     def check_writable(self) -> None:
-        """Raise LayoutError if a fetch must not write here: read-only memory or overlapping blocks."""
+        """Raise LayoutError if a fetch must not write here: read-only memory, overlapping blocks or segments."""
         if not self.writable:
-            raise LayoutError("the destination is read-only, or its blocks overlap")
+            raise LayoutError("the destination is read-only, or its blocks or segments overlap")
 
 
 @dataclass(frozen=True, slots=True)

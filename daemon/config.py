@@ -126,8 +126,8 @@ class LimitsConfig:
 
     sessions: int = setting(
         "integer", 256, "sessions",
-        "Clients attached at once; each costs file descriptors and some memory.",
-        low=1, high=16384, reloads=True,
+        "Clients attached at once; each costs file descriptors, which are set aside at start, and some memory.",
+        low=1, high=16384,
     )  # fmt: skip
     message_bytes: int = setting(
         "size", "4MiB", "bytes",

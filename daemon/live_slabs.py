@@ -38,6 +38,7 @@ class LiveSlabs:
         self._tier = tier
         self._live: dict[tuple[int, int], _Live] = {}
         self._slots_per_slab: dict[int, int] = {}
+        self._slabs_of: dict[int, int] = {}
 
     def carry_out(self, effects: Effects) -> CarriedOut:
         """Do what the store decided, slabs before generations; to be called before the answer is sent."""
@@ -77,6 +78,7 @@ class LiveSlabs:
         table.bump_all()  # generations start at 1, so that 0 is never a right answer
         self._live[event.ns, event.slab] = _Live(event.physical, table)
         self._slots_per_slab[event.ns] = event.slots
+        self._slabs_of[event.ns] = self._slabs_of.get(event.ns, 0) + 1
         log.debug("slab assigned", extra=fields(ns=event.ns, slab=event.slab, physical=event.physical))
 
     def _retire(self, event: SlabRetired) -> None:
@@ -85,13 +87,19 @@ class LiveSlabs:
             return  # its memory could not be had, so it was never opened
         live.table.bump_all()
         live.table.close()
-        self._tier.close_slab(event.physical)
+        self._slabs_of[event.ns] -= 1
+        if not self._slabs_of[event.ns]:
+            del self._slabs_of[event.ns], self._slots_per_slab[event.ns]
+        try:
+            self._tier.close_slab(event.physical)
+        except OSError as error:  # its memory stays taken; what else was decided must be carried out all the same
+            log.error("a slab's memory was not given back", extra=fields(physical=event.physical, error=error))
         log.debug("slab retired", extra=fields(ns=event.ns, slab=event.slab, physical=event.physical))
 
     def _publish(self, ns: int, slot_id: int, generation: int) -> None:
         slots = self._slots_per_slab.get(ns)
         if slots is None:
-            return  # none of its slabs was ever opened: their memory could not be had
+            return  # it has no live slab: all are retired, or their memory could not be had
         live = self._live.get((ns, slot_id // slots))
         if live is not None:
             live.table.set(slot_id % slots, generation)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import Generic, TypeVar
+
+from forebay.daemon.logging import fields
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -19,16 +24,16 @@ class Mailbox(Generic[T]):
 
     def __init__(self) -> None:
         self._read_fd, self.write_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        self._waiting: deque[Future[T]] = deque()
+        self._waiting: deque[Future[T | None]] = deque()
 
     def fileno(self) -> int:
         return self._read_fd
 
     def ask(self, timeout_s: float) -> T | None:
-        """Called by other threads: the owner's answer, or None when it did not come in time."""
+        """Called by other threads: the owner's answer, or None when it did not come in time or could not be made."""
         if len(self._waiting) >= _WAITING_MAX:
             return None
-        question: Future[T] = Future()
+        question: Future[T | None] = Future()
         self._waiting.append(question)
         self.wake()
         try:
@@ -52,7 +57,11 @@ class Mailbox(Generic[T]):
             return
         if not self._waiting:
             return
-        made = make()
+        try:
+            made: T | None = make()
+        except OSError as error:  # /proc could not be read, for want of a descriptor
+            log.warning("no answer could be made", extra=fields(error=error))
+            made = None
         while self._waiting:
             question = self._waiting.popleft()
             if question.set_running_or_notify_cancel():

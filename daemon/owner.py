@@ -26,13 +26,14 @@ from forebay.kvstore.errors import ForebayError, Internal, TierFull, UnknownSess
 from forebay.kvstore.store import Store
 from forebay.tiers.base import Tier
 from forebay.transports.codec import Envelope, decode_request, encode_error, encode_reply, request_id_of
-from forebay.transports.messages import REQUESTS, ClearRequest, EvictRequest, PingRequest, Reply
+from forebay.transports.messages import REQUESTS, ClearRequest, EvictRequest, PingRequest, Reply, ReserveRequest
 from forebay.transports.zmq_sockets import ControlServer
 
 log = logging.getLogger(__name__)
 
 _NAMES = {request: verb.name.lower() for verb, request in REQUESTS.items()}
-_AFTER_RELEASES = (EvictRequest, ClearRequest)
+_AFTER_RELEASES = (ReserveRequest, EvictRequest, ClearRequest)
+_CATCH_UP_MAX = 64
 _ROUNDS_MAX = 8
 _TICK_S = 1.0
 _TICK_MS = 1000
@@ -199,6 +200,13 @@ class Owner:
                 else:
                     self._sessions.serve(fd, events, now)
 
+    def _catch_up(self, now: float) -> None:
+        """What a client released before it asked for room is on the other socket: take it first."""
+        for _ in range(_CATCH_UP_MAX):
+            self._serve_descriptors(now)
+            if not self._unserved:
+                return
+
     def _answer(self, payload: bytes, now: float) -> bytes:
         """The reply to one message, whatever it is."""
         try:
@@ -221,7 +229,7 @@ class Owner:
         if not session_id and (type(request) is not PingRequest or envelope.session_token):
             raise UnknownSession("the session has ended or was never opened")
         if isinstance(request, _AFTER_RELEASES):
-            self._serve_descriptors(now)  # what the client released before it asked is on the other socket
+            self._catch_up(now)
         try:
             reply = self._verbs.answer(session_id, request, now)
         except ForebayError:

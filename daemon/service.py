@@ -40,7 +40,8 @@ _SWITCH_INTERVAL_S = 1e-4
 """A thread that computes (metrics) must not make the owner wait for the interpreter's default 5 ms."""
 _GC_THRESHOLDS = (100_000, 20, 100)
 """The columns of the index hold no cycles; frequent collections only walk them."""
-_DESCRIPTORS_KEPT = 64
+_DESCRIPTORS_KEPT = 160
+"""For HTTP connections (64), epoll sets, pipes, the lock, and what is opened for a moment."""
 _CLOSE_S = 5.0
 
 
@@ -101,12 +102,14 @@ class Service:
         """Take over what may change while running; what may not is logged and kept."""
         self._notifier.reloading(time.monotonic())
         try:
-            fresh = self._reload()
+            self._apply(self._reload())
         except ConfigError as error:
             log.error("configuration not reloaded", extra=fields(error=error))
-        else:
-            self._apply(fresh)
-        self._notifier.ready("serving")
+        except Exception:
+            # A signal handler runs in the midst of the owner's loop, which must not end for this.
+            log.exception("configuration not reloaded")
+        if not self._store.draining:
+            self._notifier.ready("serving")
 
     def _apply(self, fresh: Config) -> None:
         changes = diff(self._config, fresh)
@@ -117,7 +120,6 @@ class Service:
         self._store.config = _store_config(config)
         self._verb_table.lease_ttl_s = config.leases.ttl_ms / 1000
         self._http.stalled_s = config.metrics.stalled_s
-        self._listener.configure(config.limits.sessions, _uids(config))
         for change in changes.safe:
             log.info("reloaded", extra=fields(key=change.path, old=change.old, new=change.new))
 

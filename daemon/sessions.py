@@ -80,11 +80,18 @@ class Sessions:
         return self._by_token.get(token, 0)
 
     def serve(self, fd: int, events: int, now: float) -> None:
-        """A descriptor of `epoll` is ready."""
-        if fd == self.listener.fileno():
-            self._accept(now)
-        elif (attached := self._by_fd.get(fd)) is not None:
-            self._serve_peer(attached, events)
+        """A descriptor of `epoll` is ready. Whatever goes wrong with one client costs that client alone."""
+        attached = self._by_fd.get(fd)
+        try:
+            if fd == self.listener.fileno():
+                self._accept(now)
+            elif attached is not None:
+                self._serve_peer(attached, events)
+        except Exception:
+            log.exception("a client could not be served", extra=fields(fd=fd))
+            if attached is not None and self._by_fd.get(fd) is attached:
+                self._count_refused("Internal")
+                self._detach(attached, "an error of the daemon's")
 
     def expire_greetings(self, now: float) -> None:
         """Hang up on those who connected and said nothing."""
@@ -147,7 +154,7 @@ class Sessions:
             return
         try:
             self._send_slab(attached, packet_id, packet)
-        except (PeerLost, OSError):
+        except PeerLost:
             raise
         except ForebayError as error:
             attached.peer.refuse(packet_id, error)
@@ -190,8 +197,8 @@ class Sessions:
         try:
             peer.send(0, notice)
         except ForebayError as error:
-            # The generations were bumped: whoever misses the notice fails safe, it only maps dead memory longer.
-            log.warning("notice not sent", extra=fields(pid=peer.pid, error=error))
+            # Gone, or it left thousands of packets unread. The generations were bumped, so it fails safe meanwhile.
+            self._detach(self._by_fd[peer.fileno()], str(error))
             return
         self._watch_outbox(peer)
 

@@ -167,8 +167,8 @@ class SlabMemory:
     def free(self) -> None:
         """Give the memory back now, mapped by peers or not; waits for at most one piece of `populate`."""
         with self._piece:
-            self._unmap()
             try:
+                self._unmap()
                 self._memory.punch(self.fd, self.size_bytes)
             finally:
                 self._close()

@@ -90,11 +90,6 @@ class SessionListener:
     def fileno(self) -> int:
         return self._socket.fileno()
 
-    def configure(self, sessions_max: int, allowed_uids: Collection[int]) -> None:
-        """Change who and how many may attach from now on; those attached stay."""
-        self._sessions_max = sessions_max
-        self._allowed_uids = frozenset({os.geteuid(), *allowed_uids})
-
     def accept(self, now: float) -> SessionPeer | None:
         """The next welcome peer, or None when nobody (more) waits; call until None. Refusals are counted."""
         for _ in range(_ACCEPTS_PER_CALL):

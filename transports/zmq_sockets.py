@@ -180,12 +180,15 @@ class ControlServer:
     def watch(self) -> None:
         """Count connections; hide the path at the limit, and show it again when they have fallen by a quarter."""
         self._read_monitor()
-        if self.listening and len(self._fds) >= self._connections_max:
-            self._path.rename(self._full_path)
-            self.listening = False
-        elif not self.listening and len(self._fds) <= self._connections_low:
-            self._full_path.rename(self._path)
-            self.listening = True
+        try:
+            if self.listening and len(self._fds) >= self._connections_max:
+                self._path.rename(self._full_path)
+                self.listening = False
+            elif not self.listening and len(self._fds) <= self._connections_low:
+                self._full_path.rename(self._path)
+                self.listening = True
+        except FileNotFoundError:
+            return  # somebody unlinked the path: nobody new can connect, and those connected are served on
 
     def close(self) -> None:
         """Close at once, unsent replies included, and remove the path; idempotent."""

@@ -204,3 +204,12 @@ def test_layouts_fit_when_one_only_refines_the_other(
 def test_memory_without_a_table_is_refused(memory: Any, options: dict[str, int], message: str) -> None:
     with pytest.raises(LayoutError, match=message):
         SegmentTable.of(memory, **options)
+
+
+def test_memory_whose_segments_overlap_is_never_a_destination() -> None:
+    """As of an expanded tensor, or of one array named twice: the last segment written would win."""
+    array = np.zeros((4, 64), np.uint8)
+    table = SegmentTable.of([array, array])
+    with pytest.raises(LayoutError, match="overlap"):
+        table.check_writable()
+    SegmentTable.of([array, array.copy()]).check_writable()

@@ -64,3 +64,16 @@ def test_questions_are_bounded(mailbox: Mailbox[int]) -> None:
     for _ in range(64):
         assert mailbox.ask(0) is None
     assert mailbox.ask(60) is None, "the 65th question waited"
+
+
+def test_answer_that_cannot_be_made_is_none_at_once(mailbox: Mailbox[int]) -> None:
+    """A snapshot reads /proc, which needs a descriptor; without one the asker must not wait, nor the owner die."""
+
+    def fail() -> int:
+        raise OSError("too many open files")
+
+    with ThreadPoolExecutor(1) as threads:
+        answer = threads.submit(mailbox.ask, 30)
+        _wait_readable(mailbox)
+        mailbox.answer(fail)
+        assert answer.result(5) is None
