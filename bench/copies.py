@@ -57,7 +57,7 @@ def one_client(plan: Plan, layout: Layout) -> Iterator[Figure]:
         totals.remove(LARGE)
     if not totals:
         return
-    host_bytes = 9 * GIB // 4 if LARGE in totals else 256 * MIB
+    host_bytes = 9 * GIB // 4 if LARGE in totals else GIB
     with pinned(plan.cores.client):
         daemon = Daemon(plan.directory / layout.name, host_bytes, cores=plan.cores.daemon)
         with daemon.populated(), daemon.client() as client:

@@ -178,18 +178,21 @@ def _copied_in_strips(plan: CopyPlan, runs: list[slice], *, to_slots: bool) -> b
     table = plan.table
     if not runs or table.block_bytes <= HELD_PIECE_BYTES_MAX:
         return False
-    strips = _strips(table, int(plan.addresses[0]))
-    if table.block_bytes // len(strips) <= HELD_PIECE_BYTES_MAX:
-        return False
-    for strip in strips:
-        paged, offset = _strip_of(table, strip), int(table.offsets[strip.first])
-        for run in runs:
-            ids = plan.block_ids[run]
-            if _is_packed(plan) and _is_straight(ids):
-                _copy_straight(plan, run, to_slots=to_slots)
-                continue
-            shape, start = (len(ids), *paged.shape[1:]), int(plan.addresses[run.start]) + offset
-            slots = raw_array(start, shape, (plan.slot_bytes, shape[2], 1), 1).view(np.uint8)
+    views: dict[int, list[tuple[int, NDArray[np.uint8]]]] = {}  # by how many segments lie below a run's slots
+    for run in runs:
+        ids, address = plan.block_ids[run], int(plan.addresses[run.start])
+        below = int(np.count_nonzero(table.bases < address))
+        if below not in views:
+            strips = _strips(table, address)
+            if not views and table.block_bytes // len(strips) <= HELD_PIECE_BYTES_MAX:
+                return False
+            views[below] = [(int(table.offsets[strip.first]), _strip_of(table, strip)) for strip in strips]
+        if _is_packed(plan) and _is_straight(ids):
+            _copy_straight(plan, run, to_slots=to_slots)
+            continue
+        for offset, paged in views[below]:
+            shape = (len(ids), *paged.shape[1:])
+            slots = raw_array(address + offset, shape, (plan.slot_bytes, shape[2], 1), 1).view(np.uint8)
             blocks = map(paged.__getitem__, ids.tolist())
             deque(map(np.positive, *((blocks, slots) if to_slots else (slots, blocks))), maxlen=0)
     return True
