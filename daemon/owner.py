@@ -95,7 +95,9 @@ class Owner:
             message = self._server.wait(0 if self._unserved else self._wait_ms())
             self.last_turn_s = started = self._clock()
             if message is not None:
-                self._server.send(message[0], self._answer(message[1], started))
+                answer, verb, error = self._answer(message[1], started)
+                self._server.send(message[0], answer)
+                self._counters.observe(verb, self._clock() - started, error)  # who asked does not wait for it
             if message is None or self._unserved:
                 self._serve_descriptors(started)
             self._keep_time(started)
@@ -207,21 +209,17 @@ class Owner:
             if not self._unserved:
                 return
 
-    def _answer(self, payload: bytes, now: float) -> bytes:
-        """The reply to one message, whatever it is."""
+    def _answer(self, payload: bytes, now: float) -> tuple[bytes, str, str]:
+        """The reply to one message, whatever it is; the verb and the error's name, for the counters."""
         try:
             envelope = decode_request(payload, self._message_bytes_max)
         except ForebayError as error:
-            self._counters.observe("undecodable", self._clock() - now, type(error).__name__)
-            return encode_error(request_id_of(error), self._boot_id, error)
+            return encode_error(request_id_of(error), self._boot_id, error), "undecodable", type(error).__name__
         request_id, name = envelope.request_id, _NAMES[type(envelope.request)]
         try:
-            answer = encode_reply(request_id, self._boot_id, self._decide(envelope, now))
+            return encode_reply(request_id, self._boot_id, self._decide(envelope, now)), name, ""
         except ForebayError as error:
-            self._counters.observe(name, self._clock() - now, type(error).__name__)
-            return encode_error(request_id, self._boot_id, error)
-        self._counters.observe(name, self._clock() - now)
-        return answer
+            return encode_error(request_id, self._boot_id, error), name, type(error).__name__
 
     def _decide(self, envelope: Envelope, now: float) -> Reply:
         session_id = self._sessions.session_of(envelope.session_token)
