@@ -47,19 +47,42 @@ class BlockIndex:
     def __len__(self) -> int:
         return len(self.complete) + len(self.partial)
 
-    def walk(self, hashes: Sequence[bytes]) -> list[int]:
-        """Rows of the leading complete blocks, up to the first that is not."""
-        rows: list[int] = []
+    def walk(self, hashes: Sequence[bytes]) -> Sequence[int]:
+        """Rows of the leading complete blocks, up to the first that is not; a range where they lie so.
+
+        A chain stored in one go has rows one after the other, so its hashes are compared as runs of one column, in
+        the order of memory. Only what does not lie so is looked up block by block, at three cache misses each.
+        """
+        run: range = range(0)
+        rows: list[int] | None = None
         start, step = 0, _WALK_FIRST
         get = self.complete.get
         while start < len(hashes):
-            found = list(map(get, hashes[start : start + step]))
-            if None in found:
-                rows += found[: found.index(None)]  # type: ignore[arg-type]
-                return rows
-            rows += found  # type: ignore[arg-type]
+            part = list(hashes[start : start + step])
+            found, whole = self._found(part, get(part[0], NO_ROW))
+            if rows is None and isinstance(found, range) and (not run or found.start == run.stop):
+                run = range(run.start if run else found.start, found.stop)
+            else:
+                rows = list(run) if rows is None else rows
+                rows += found
+            if not whole:
+                break
             start, step = start + step, step * 4
-        return rows
+        return run if rows is None else rows
+
+    def _found(self, part: list[bytes], first: int) -> tuple[Sequence[int], bool]:
+        """Rows of the leading complete blocks of `part`, whose first has row `first`; and whether that is all."""
+        if first == NO_ROW:
+            return (), False
+        last = first + len(part)
+        if self.hashes[first:last] == part:
+            missing = self._missing[first:last].tobytes()
+            if missing.count(0) == len(missing):
+                return range(first, last), True
+        found = list(map(self.complete.get, part))
+        if None in found:
+            return found[: found.index(None)], False  # type: ignore[return-value]
+        return found, True  # type: ignore[return-value]
 
     def find(self, name: bytes) -> int:
         """The row of a block in any state, or NO_ROW."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -33,7 +34,7 @@ class Lease:
     lease_id: int
     session: Session
     group: Group
-    rows: list[int]
+    rows: Sequence[int]
     deadline: float
 
 

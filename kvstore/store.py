@@ -181,7 +181,7 @@ class Store:
 
     # Reading
 
-    def lookup(self, session_id: int, ns: int, hashes: Sequence[bytes], now: float) -> list[int]:
+    def lookup(self, session_id: int, ns: int, hashes: Sequence[bytes], now: float) -> Sequence[int]:
         """Rows of the leading complete blocks. Takes no lease, but counts as a use."""
         group = self.shard(session_id, ns).group
         rows = group.index.walk(hashes)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from forebay.kvstore.index import NO_ROW, NO_SLOT, BlockIndex
 from support.core import chain
@@ -34,10 +38,10 @@ def test_walk_stops_at_the_first_block_that_is_absent() -> None:
     index = BlockIndex(1)
     names = chain("a", 3)
     rows = add_chain(index, names)
-    assert index.walk(names) == rows
-    assert index.walk([*names[:2], b"other" * 4, names[2]]) == rows[:2]
-    assert index.walk([b"other" * 4, *names]) == []
-    assert index.walk([]) == []
+    assert list(index.walk(names)) == rows
+    assert list(index.walk([*names[:2], b"other" * 4, names[2]])) == rows[:2]
+    assert list(index.walk([b"other" * 4, *names])) == []
+    assert list(index.walk([])) == []
 
 
 @pytest.mark.parametrize("length", [63, 64, 65, 319, 320, 321, 2000])
@@ -47,18 +51,18 @@ def test_walk_of_any_length_is_exact(length: int) -> None:
     names = chain("a", length)
     rows = add_chain(index, names)
     for present in {0, 1, length // 2, length - 1, length}:
-        assert index.walk([*names[:present], b"absent"]) == rows[:present]
+        assert list(index.walk([*names[:present], b"absent"])) == rows[:present]
 
 
 def test_uncommitted_block_is_invisible() -> None:
     index = BlockIndex(1)
     row = index.add(b"x", NO_ROW)
     index.reserve(row, 0, 0, 5, 1)
-    assert index.walk([b"x"]) == []
+    assert list(index.walk([b"x"])) == []
     assert index.reserved_slot(row, 0, 0) == 5
     assert index.slot(row, 0, 0) == NO_SLOT
     index.commit(row, 0, 0)
-    assert index.walk([b"x"]) == [row]
+    assert list(index.walk([b"x"])) == [row]
     assert index.slot(row, 0, 0) == 5
     assert index.reserved_slot(row, 0, 0) == NO_SLOT
     check(index)
@@ -69,11 +73,11 @@ def test_block_is_complete_when_its_last_shard_is_committed() -> None:
     index = BlockIndex(3)
     row = index.add(b"x", NO_ROW)
     for rank in (2, 0, 1):
-        assert index.walk([b"x"]) == []
+        assert list(index.walk([b"x"])) == []
         index.reserve(row, 0, rank, 10 + rank, 1)
         assert index.commit(row, 0, rank) == (rank == 1)
         check(index)
-    assert index.walk([b"x"]) == [row]
+    assert list(index.walk([b"x"])) == [row]
     assert index.slots([row], 0, 2).tolist() == [12]
 
 
@@ -92,13 +96,13 @@ def test_block_removed_from_the_middle_stays_as_a_tombstone() -> None:
     names = chain("a", 3)
     rows = add_chain(index, names)
     remove(index, rows[1])
-    assert index.walk(names) == rows[:1]
+    assert list(index.walk(names)) == rows[:1]
     assert index.find(names[1]) == rows[1]
     assert not index.is_resident(rows[1])
     check(index)
     index.reserve(rows[1], 0, 0, 9, 4)
     index.commit(rows[1], 0, 0)
-    assert index.walk(names) == rows
+    assert list(index.walk(names)) == rows
     check(index)
 
 
@@ -214,11 +218,11 @@ def test_block_in_a_second_tier_stays_complete_when_the_first_is_vacated() -> No
     assert index.count_by_tier([row]) == [1, 0]
     for rank in range(2):
         index.reserve(row, 1, rank, 100 + rank, 1)
-        assert index.walk([b"x"]) == [row]
+        assert list(index.walk([b"x"])) == [row]
         assert not index.commit(row, 1, rank)
         check(index)
     assert remove(index, row, 0) == [(0, row), (1, row)]
-    assert index.walk([b"x"]) == [row]
+    assert list(index.walk([b"x"])) == [row]
     assert index.count_by_tier([row]) == [0, 1]
     assert index.slots([row], 1, 1).tolist() == [101]
     check(index)
@@ -232,7 +236,7 @@ def test_slowest_shard_decides_the_tier_of_a_block() -> None:
     for rank, tier in ((0, 0), (1, 1)):
         index.reserve(row, tier, rank, 1, 1)
         index.commit(row, tier, rank)
-    assert index.walk([b"x"]) == [row]
+    assert list(index.walk([b"x"])) == [row]
     assert index.count_by_tier([row]) == [0, 1]
     check(index)
 
@@ -244,7 +248,7 @@ def test_vacating_one_of_two_tiers_of_one_shard_makes_the_block_partial() -> Non
         index.reserve(row, tier, rank, 1, 1)
         index.commit(row, tier, rank)
     assert remove(index, row, 0) == [(0, 1)]
-    assert index.walk([b"x"]) == []
+    assert list(index.walk([b"x"])) == []
     assert index.is_resident(row)
     check(index)
 
@@ -259,3 +263,25 @@ def test_check_names_what_is_wrong() -> None:
     check(index)
     index._first_child[rows[0]] = NO_ROW
     assert list(index.check())
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 399)), max_size=6), st.integers(0, 2), st.integers(0, 400))
+@settings(max_examples=60, deadline=None)
+def test_walk_finds_what_looking_up_block_by_block_finds(
+    removed: list[tuple[int, int]], asked: int, length: int
+) -> None:
+    """Whether a chain's rows lie in one run or not, and wherever blocks of it are missing."""
+    index = BlockIndex(1)
+    chains = [[b"%d/%d" % (number, position) for position in range(400)] for number in range(3)]
+    above = [NO_ROW, NO_ROW]
+    for pair in zip(chains[0], chains[1], strict=True):  # block by block in turn: neither is a run
+        above = [add_chain(index, [name], parent)[0] for name, parent in zip(pair, above, strict=True)]
+    add_chain(index, chains[2])
+    for number, position in removed:
+        row = index.find(chains[number][position])
+        if row != NO_ROW and index.is_resident(row):
+            remove(index, row)
+    wanted = [*chains[asked][:length], b"absent"]
+    present = list(itertools.takewhile(index.complete.__contains__, wanted))
+    assert list(index.walk(wanted)) == [index.complete[name] for name in present]
+    check(index)
