@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from forebay.kvstore.errors import BadRequest
-from forebay.kvstore.groups import Shard
+from forebay.kvstore.groups import HOST, Shard
 from forebay.kvstore.outcome import Scope
 from forebay.kvstore.store import Acquired, Store
 from forebay.transports import messages as m
@@ -73,7 +73,8 @@ class Verbs:
 
     def _lookup(self, session_id: int, request: m.LookupRequest, now: float) -> m.LookupReply:
         rows = self.store.lookup(session_id, request.ns, self._hashes(session_id, request.ns, request.blob), now)
-        by_tier = ((self.store.tier.name, len(rows)),) if rows else ()
+        counts = self.store.shard(session_id, request.ns).group.index.count_by_tier(rows)
+        by_tier = ((self.store.tier.name, counts[HOST]),) if rows else ()
         return m.LookupReply(len(rows), by_tier, 0, "")
 
     def _acquire(self, session_id: int, request: m.AcquireRequest, now: float) -> m.AcquireReply:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+from forebay.kvstore.eviction import EvictionPolicy
 from forebay.kvstore.eviction.lru import LruPolicy
 from forebay.kvstore.index import NO_ROW, BlockIndex
 from forebay.kvstore.namespace import NamespaceSpec
@@ -67,7 +68,7 @@ class Group:
         self.uid = uid
         self.fingerprint = spec.group_fingerprint()
         self.index = BlockIndex(spec.merged().shard_size)
-        self.policy = LruPolicy(self.index.parents, self.index.depths)
+        self.policy: EvictionPolicy = LruPolicy(self.index.parents, self.index.depths)
         self.shards: dict[int, Shard] = {}
         self.pinned_blocks = 0
         self.last_touch_s = 0.0
@@ -223,6 +224,9 @@ class Group:
             yield from shard.slots.check()
             yield from self._check_slots(shard)
 
+    def _generation(self, row: int, shard: Shard) -> int:
+        return self.index.generations([row], HOST, shard.rank)[0]
+
     def _check_slots(self, shard: Shard) -> Iterator[str]:
         per_slab = shard.slots.slots_per_slab
         for slab in shard.slots.slabs.values():
@@ -230,6 +234,8 @@ class Group:
                 slot_id = slab.serial * per_slab + slot
                 if slab.states[slot] == RESIDENT and self.index.slot(row, HOST, shard.rank) != slot_id:
                     yield f"slot {slot_id} says it holds row {row}, which lies elsewhere"
+                elif slab.states[slot] == RESIDENT and slab.generations[slot] != self._generation(row, shard):
+                    yield f"row {row} names another generation than its slot {slot_id}"
                 if slab.states[slot] == RESERVED and self.index.reserved_slot(row, HOST, shard.rank) != slot_id:
                     yield f"slot {slot_id} says row {row} is being written to it, which is not so"
                 if slab.states[slot] not in (RESIDENT, RESERVED) and row != NO_ROW:

@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Self
 
 from forebay.kvstore.errors import BadRequest
 from forebay.kvstore.namespace import NamespaceSpec
+from forebay.kvstore.outcome import Scope
 
 PROTOCOL_VERSION = 1
 
@@ -68,12 +69,8 @@ class Verb(IntEnum):
     CLEAR = 19
 
 
-class EvictScope(IntEnum):
-    """What an EVICT removes: the blocks named, all that continues them too, or the whole namespace."""
-
-    BLOCKS = 0
-    PREFIX = 1
-    NAMESPACE = 2
+EvictScope = Scope
+"""What an EVICT removes."""
 
 
 # --- bounds -------------------------------------------------------------------------------------------------

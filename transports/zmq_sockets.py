@@ -75,12 +75,12 @@ def connections_within(descriptor_limit: int, reserved: int) -> int:
 
 
 class ControlServer:
-    """The daemon's ROUTER. Non-blocking; owned by one thread.
+    """The daemon's ROUTER; owned by one thread, which waits in `wait`.
 
-    Poll `socket` for requests; poll `monitor_fd` (any poller; or call every second) and then call `watch`.
+    Call `watch` when `monitor_fd` is readable, or every second.
 
     Attributes:
-        socket: the ROUTER, for a zmq.Poller.
+        socket: the ROUTER.
         dropped: replies given up because their peer was gone or took nothing.
         connections: connections libzmq holds now, as far as its monitor has told.
         listening: whether newcomers find the path at present; those connected are served in any case.
