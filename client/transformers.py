@@ -36,12 +36,16 @@ try:
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer
     from transformers.generation.streamers import BaseStreamer
+    from transformers.modeling_outputs import CausalLMOutputWithPast
 except ImportError as error:
     raise ImportError(
         f"forebay.client.transformers needs torch and transformers ({error}): pip install 'forebay[transformers]'"
     ) from error
 
 BLOCK_TOKENS = 16
+
+CACHE_ARGUMENT = "cache" if hasattr(CausalLMOutputWithPast, "cache") else "past_key_values"
+"""What transformers calls the cache in its arguments and outputs: `cache` from 5.24 on."""
 
 _HASH_THREADS = 4
 _HASH_CHUNK_BYTES = 64 << 20
@@ -199,7 +203,7 @@ class PrefixCache:
         prompt = input_ids[0].tolist()
         hashes = self._hasher.hashes(prompt)
         cache = self._restore(hashes[: (len(prompt) - 1) // self.spec.block_tokens], report)
-        output = self._run(input_ids, {**generate_kwargs, "past_key_values": cache}, report, begun)
+        output = self._run(input_ids, {**generate_kwargs, CACHE_ARGUMENT: cache}, report, begun)
         sequence = _sequences(output)[0].tolist()
         self._store(cache, sequence, hashes, report)
         return output, report
@@ -481,7 +485,7 @@ def _measure(model: Any, block_tokens: int) -> _Geometry:
     cache: Any = DynamicCache(config=model.config)
     token = torch.zeros((1, 1), dtype=torch.long, device=model.device)
     with torch.no_grad():
-        model(input_ids=token, past_key_values=cache, use_cache=True)
+        model(input_ids=token, use_cache=True, **{CACHE_ARGUMENT: cache})
     _refuse_layers(cache.layers)
     tensors: list[Any] = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
     for number, tensor in enumerate(tensors):

@@ -18,6 +18,7 @@ from forebay.client.copier import CopyPlan, NumpyCopier  # noqa: E402
 from forebay.client.results import BlockOutcome, FetchResult, LookupResult, StoreResult  # noqa: E402
 from forebay.client.segments import SegmentTable  # noqa: E402
 from forebay.client.transformers import (  # noqa: E402
+    CACHE_ARGUMENT,
     PrefixCache,
     Report,
     UnsupportedModel,
@@ -170,9 +171,9 @@ def test_bfloat16_answers_like_a_local_cache_of_the_same_prefix(client: DictClie
     assert cache.spec.dtype == "bfloat16"
     ids = prompt_of(100)
     local = transformers.DynamicCache(config=model.config)
-    model.generate(ids, past_key_values=local, **GREEDY)
+    model.generate(ids, **{CACHE_ARGUMENT: local}, **GREEDY)
     local.crop(96 - local.get_seq_length())
-    expected = plain(model, ids, past_key_values=local)
+    expected = plain(model, ids, **{CACHE_ARGUMENT: local})
     cached(cache, ids)
     output, report = cached(cache, ids)
     assert output == expected
@@ -290,7 +291,7 @@ def test_dict_output_and_generation_config_are_passed_through(cache: PrefixCache
     output, report = cache.generate(ids, generation_config=config)
     assert output.sequences[0].tolist() == plain(model, ids)
     assert len(output.scores) == 20
-    assert output.past_key_values.get_seq_length() == 59
+    assert getattr(output, CACHE_ARGUMENT).get_seq_length() == 59
     assert report.restored_tokens == 32
 
 
@@ -324,7 +325,7 @@ def _padded() -> dict[str, Any]:
         (1, {"cache_implementation": "static"}, "cache implementation"),
         (1, {"prefill_chunk_size": 16}, "prefill_chunk_size"),
         (1, {"position_ids": torch.arange(40)[None]}, "position_ids"),
-        (1, {"generation_config": None, "past_key_values": transformers.DynamicCache()}, "past_key_values"),
+        (1, {"generation_config": None, CACHE_ARGUMENT: transformers.DynamicCache()}, CACHE_ARGUMENT),
     ],
 )
 def test_what_the_cache_cannot_serve_runs_plain_and_says_why(
@@ -333,8 +334,8 @@ def test_what_the_cache_cannot_serve_runs_plain_and_says_why(
     ids = prompt_of(40).repeat(rows, 1)
     torch.manual_seed(0)
     expected = model.generate(ids, **{**GREEDY, **options})
-    if "past_key_values" in options:
-        options = {**options, "past_key_values": transformers.DynamicCache()}
+    if CACHE_ARGUMENT in options:
+        options = {**options, CACHE_ARGUMENT: transformers.DynamicCache()}
     torch.manual_seed(0)
     output, report = cache.generate(ids, **{**GREEDY, **options})
     assert output.tolist() == expected.tolist()

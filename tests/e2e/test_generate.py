@@ -19,7 +19,7 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 
 from forebay.client import Client, EvictScope, NamespaceSpec  # noqa: E402
 from forebay.client.copier import CopyPlan, NumpyCopier  # noqa: E402
-from forebay.client.transformers import PrefixCache, Report  # noqa: E402
+from forebay.client.transformers import CACHE_ARGUMENT, PrefixCache, Report  # noqa: E402
 from support.live import LiveDaemon, eventually  # noqa: E402
 from support.tiny import GREEDY, plain, prompt_of, tiny_model  # noqa: E402
 
@@ -88,9 +88,9 @@ def test_bfloat16_tokens_are_those_of_a_local_cache_of_the_same_prefix(daemon: L
     """A bfloat16 prompt read in two pieces may round differently from one read whole: compare like with like."""
     model = tiny_model(dtype="bfloat16")
     local = transformers.DynamicCache(config=model.config)
-    model.generate(prompt_of(PROMPT), past_key_values=local, **GREEDY)
+    model.generate(prompt_of(PROMPT), **{CACHE_ARGUMENT: local}, **GREEDY)
     local.crop(WHOLE - local.get_seq_length())
-    expected = plain(model, prompt_of(PROMPT), past_key_values=local)
+    expected = plain(model, prompt_of(PROMPT), **{CACHE_ARGUMENT: local})
     _, warm = engine(daemon, "bfloat16", repeats=2)
     here, report = ask(PrefixCache(client, model, block_tokens=BLOCK), prompt_of(PROMPT))
     assert warm["ids"] == here == expected
