@@ -9,18 +9,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from forebay.bench.bounds import Memcpy, pages_of
-from forebay.bench.engine_memory import PLAIN, Layout, Pool, chain, contiguous
+from forebay.bench.engine_memory import PAGED, PLAIN, Layout, Pool, chain, contiguous
 from forebay.bench.figures import GIB, MIB, Figure
 from forebay.bench.plan import Plan, pinned
 from forebay.bench.processes import BenchError, Cores, Daemon, Worker
 from forebay.bench.timing import Pair, by_turns, take, timed
 from forebay.client import Client, Namespace
+from forebay.client.copy_threads import THREADS_AUTO_MAX
 
 SMALL, LARGE = 64 * MIB, GIB
 TOTALS = {SMALL: "", LARGE: "_1gib"}
+ALONE = (PLAIN[0], PAGED)
 CLIENTS = (1, 2, 4, 8)
 CLIENT_BYTES = 64 * MIB
 CLIENT_RUN_S = 1.0
@@ -34,13 +37,18 @@ def names(layout: Layout, total: int = SMALL) -> tuple[str, str, str]:
     return f"fetch_{suffix}_ratio", f"store_{suffix}_ratio", f"store_present_{suffix}_us_per_block"
 
 
+def alone_names(layout: Layout) -> tuple[str, ...]:
+    """Figures of the same transfer by one thread, for the layouts whose figures have targets."""
+    return (f"fetch_{layout.name}_1thread_ratio", f"store_{layout.name}_1thread_ratio") if layout in ALONE else ()
+
+
 def totals_of(layout: Layout) -> tuple[int, ...]:
     """Sizes of transfer measured of a layout."""
     return tuple(TOTALS) if layout in PLAIN else (SMALL,)
 
 
 def layout_names(layout: Layout) -> tuple[str, ...]:
-    return tuple(name for total in totals_of(layout) for name in names(layout, total))
+    return tuple(name for total in totals_of(layout) for name in names(layout, total)) + alone_names(layout)
 
 
 def client_names(counts: tuple[int, ...] = CLIENTS) -> tuple[str, ...]:
@@ -49,7 +57,8 @@ def client_names(counts: tuple[int, ...] = CLIENTS) -> tuple[str, ...]:
 
 def one_client(plan: Plan, layout: Layout) -> Iterator[Figure]:
     """Fetch and store of one layout, 64 MiB and 1 GiB."""
-    totals = [total for total in totals_of(layout) if plan.wants(*names(layout, total))]
+    alone = plan.wants(*alone_names(layout))
+    totals = [t for t in totals_of(layout) if plan.wants(*names(layout, t)) or (t == SMALL and alone)]
     if plan.quick and layout is not PLAIN[0]:
         totals = [total for total in totals if total == SMALL]
     if LARGE in totals and _available_bytes() < MEMORY_NEEDED_BYTES:
@@ -60,10 +69,19 @@ def one_client(plan: Plan, layout: Layout) -> Iterator[Figure]:
     host_bytes = 9 * GIB // 4 if LARGE in totals else GIB
     with pinned(plan.cores.client):
         daemon = Daemon(plan.directory / layout.name, host_bytes, cores=plan.cores.daemon)
-        with daemon.populated(), daemon.client() as client:
-            for total in totals:
-                plan.progress(f"fetch and store of {total // MIB} MiB, {layout.name}")
-                yield from _transfers(plan, client, Pool(layout, total), total)
+        helpers = sorted(plan.cores.free - plan.cores.client)
+        threads = min(THREADS_AUTO_MAX, 1 + len(helpers))
+        with daemon.populated():
+            with daemon.client(copy_threads=threads, copy_cpus=helpers) as client:
+                for total in totals:
+                    plan.progress(f"fetch and store of {total // MIB} MiB, {layout.name}")
+                    yield from _transfers(plan, client, Pool(layout, total), total)
+            if alone:
+                with daemon.client() as client:
+                    plan.progress(f"the same by one thread, {layout.name}")
+                    fetch, store, _ = _transfers(plan, client, Pool(layout, SMALL), SMALL)
+                    for name, figure in zip(alone_names(layout), (fetch, store), strict=True):
+                        yield replace(figure, name=name)
 
 
 def _transfers(plan: Plan, client: Client, pool: Pool, total: int) -> Iterator[Figure]:
@@ -126,7 +144,7 @@ def _rate(name: str, pair: Pair, pool: Pool) -> Figure:
         return pool.total_bytes / seconds / 1e9
 
     measured, bound = rate(pair.measured.best_s), rate(pair.bound.best_s)
-    note = f"{measured:.1f} GB/s, memcpy {bound:.1f} GB/s" + (f"; {pair.note()}" if pair.note() else "")
+    note = f"{measured:.1f} GB/s, memcpy by one thread {bound:.1f} GB/s" + (f"; {pair.note()}" if pair.note() else "")
     samples = {"measured_gb_per_s": pair.measured.scaled(rate), "bound_gb_per_s": pair.bound.scaled(rate)}
     return Figure(name, pair.rate_ratio, "x memcpy", bound, pair.rate_ratio, samples, note)
 

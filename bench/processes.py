@@ -169,9 +169,17 @@ class Daemon(Process):
             wait_until(lambda: _untouched(client.status()) == 0, START_S, "touching the daemon's memory", step_s=0.02)
         return self
 
-    def client(self, name: str = "bench") -> Client:
+    def client(self, name: str = "bench", *, copy_threads: int = 1, copy_cpus: Sequence[int] = ()) -> Client:
         """Strict, and patient: a benchmark wants errors, and a copy of 1 GiB may hold the machine."""
-        return Client(self.directory, name, strict=True, budget_ms=500, timeout_ms=10_000)
+        return Client(
+            self.directory,
+            name,
+            strict=True,
+            budget_ms=500,
+            timeout_ms=10_000,
+            copy_threads=copy_threads,
+            copy_cpus=copy_cpus,
+        )
 
     def _serves(self) -> bool:
         self.check()

@@ -108,6 +108,16 @@ class NumpyCopier:
         return ()
 
 
+def lets_go_of_the_gil(plan: CopyPlan) -> bool:
+    """Whether this copy runs in calls that let other threads go on, so that several may share it."""
+    table = plan.table
+    if not len(plan.addresses):
+        return False
+    if table.block_bytes <= HELD_PIECE_BYTES_MAX:
+        return _is_packed(plan) and table.block_bytes >= ITEM_BYTES_MIN and not _is_choppy(plan, _runs(plan))
+    return table.block_bytes // len(_strips(table, int(plan.addresses[0]))) > HELD_PIECE_BYTES_MAX
+
+
 def _runs(plan: CopyPlan) -> list[slice]:
     """Maximal runs of blocks whose slots are adjacent in memory."""
     if not len(plan.addresses):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from forebay.client.copy_threads import THREADS_MAX, ParallelCopier, auto_threads
 from forebay.kvstore.errors import BadRequest
 from forebay.transports.packets import CLIENT_GROUP_BYTES_MAX, CLIENT_NAME_CHARS_MAX
 
@@ -20,6 +21,10 @@ class ClientOptions:
         strict: raise typed errors (for tools) instead of answering misses (for engines).
         budget_ms: the longest a call may wait to find out that no daemon is there.
         timeout_ms: the longest a call waits for one answer of a daemon that is there.
+        copy_threads: how many threads share a large copy, the calling one among them; 0: one per core this process
+            may use, at most 4.
+        copy_cpus: cores for the helping threads, one each in turn; empty: any that the process may use. For engines
+            that pin their own threads, and for kernels that pack threads on one core.
     """
 
     runtime_dir: str | Path | None = None
@@ -28,6 +33,8 @@ class ClientOptions:
     strict: bool = False
     budget_ms: float = 5.0
     timeout_ms: float = 1000.0
+    copy_threads: int = 0
+    copy_cpus: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.name) > CLIENT_NAME_CHARS_MAX:
@@ -36,3 +43,9 @@ class ClientOptions:
             raise BadRequest(f"a client group has at most {CLIENT_GROUP_BYTES_MAX} bytes")
         if not 0 < self.budget_ms <= self.timeout_ms:
             raise BadRequest("budget_ms must be positive and at most timeout_ms")
+        if not 0 <= self.copy_threads <= THREADS_MAX:
+            raise BadRequest(f"copy_threads must be from 0 to {THREADS_MAX}")
+
+    def copier(self) -> ParallelCopier:
+        """What moves the bytes of a client with these options."""
+        return ParallelCopier(self.copy_threads or auto_threads(), self.copy_cpus)

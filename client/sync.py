@@ -19,7 +19,7 @@ from typing import Any, Generic, Self, TypeVar
 
 from forebay.client import core
 from forebay.client.breaker import Breaker
-from forebay.client.copier import Copier, NumpyCopier
+from forebay.client.copier import Copier
 from forebay.client.counters import Counters
 from forebay.client.grants import BaseReservation, Lease, nothing_granted, nothing_held
 from forebay.client.link import Link
@@ -88,12 +88,16 @@ class Client:
         strict: bool = False,
         budget_ms: float = 5.0,
         timeout_ms: float = 1000.0,
+        copy_threads: int = 0,
+        copy_cpus: Sequence[int] = (),
         copier: Copier | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Does not connect yet. For the options see `ClientOptions`; `copier` and `clock` are for tests."""
-        self.options = ClientOptions(runtime_dir, name, client_group, strict, budget_ms, timeout_ms)
-        self._copier = copier or NumpyCopier()
+        self.options = ClientOptions(
+            runtime_dir, name, client_group, strict, budget_ms, timeout_ms, copy_threads, tuple(copy_cpus)
+        )
+        self._copier = copier or self.options.copier()
         self._breaker = Breaker(clock)
         self._counters = Counters()
         self._attaching = threading.Lock()
