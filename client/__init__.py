@@ -3,8 +3,7 @@
 `Client` blocks, `AsyncClient` is for asyncio; both do the same. Importing this costs numpy, pyzmq and msgpack.
 """
 
-from forebay.client.aio import AsyncClient, AsyncReservation
-from forebay.client.grants import Lease
+from forebay.client.aio import AsyncClient, AsyncLease, AsyncReservation
 from forebay.client.namespaces import Namespace
 from forebay.client.options import ClientOptions
 from forebay.client.results import (
@@ -12,18 +11,20 @@ from forebay.client.results import (
     ClientStats,
     FetchResult,
     LookupResult,
+    PersistResult,
     PrefetchResult,
     RemovalResult,
     StoreResult,
 )
 from forebay.client.segments import SegmentTable
-from forebay.client.sync import Client, Reservation
+from forebay.client.sync import Client, Lease, Reservation
 from forebay.kvstore.hashing import PrefixHasher
 from forebay.kvstore.namespace import NamespaceSpec
 from forebay.transports.messages import EvictScope
 
 __all__ = [
     "AsyncClient",
+    "AsyncLease",
     "AsyncReservation",
     "BlockOutcome",
     "Client",
@@ -35,6 +36,7 @@ __all__ = [
     "LookupResult",
     "Namespace",
     "NamespaceSpec",
+    "PersistResult",
     "PrefetchResult",
     "PrefixHasher",
     "RemovalResult",

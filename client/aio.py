@@ -22,14 +22,15 @@ from forebay.client.async_link import AsyncLink
 from forebay.client.breaker import Breaker
 from forebay.client.copier import Copier
 from forebay.client.counters import Counters
-from forebay.client.grants import BaseReservation, Lease, nothing_granted, nothing_held
+from forebay.client.grants import BaseLease, BaseReservation, nothing_granted, nothing_held
 from forebay.client.namespaces import Namespace
-from forebay.client.options import ClientOptions
+from forebay.client.options import ClientOptions, Verify
 from forebay.client.results import (
     BlockOutcome,
     ClientStats,
     FetchResult,
     LookupResult,
+    PersistResult,
     PrefetchResult,
     RemovalResult,
     StoreResult,
@@ -84,12 +85,23 @@ class AsyncClient:
         timeout_ms: float = 1000.0,
         copy_threads: int = 0,
         copy_cpus: Sequence[int] = (),
+        verify: Verify = "off",
+        checksum_stores: bool = False,
         copier: Copier | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Does not connect yet. For the options see `ClientOptions`; `copier` and `clock` are for tests."""
         self.options = ClientOptions(
-            runtime_dir, name, client_group, strict, budget_ms, timeout_ms, copy_threads, tuple(copy_cpus)
+            runtime_dir,
+            name,
+            client_group,
+            strict,
+            budget_ms,
+            timeout_ms,
+            copy_threads,
+            tuple(copy_cpus),
+            verify,
+            checksum_stores,
         )
         self._copier = copier or self.options.copier()
         self._breaker = Breaker(clock)
@@ -127,7 +139,7 @@ class AsyncClient:
         blob = ns.blob(hashes)
         return await self._run(lambda attachment: core.lookup(attachment, ns, blob), LookupResult())
 
-    async def acquire(self, ns: Namespace, hashes: Sequence[bytes], ttl_ms: int = 0) -> Lease:
+    async def acquire(self, ns: Namespace, hashes: Sequence[bytes], ttl_ms: int = 0) -> AsyncLease:
         """Lease the leading blocks to read them in place; use it in a `with`. 0: the daemon's time to live.
 
         (A plain `with`, not an `async with`: giving back does not wait.)
@@ -136,12 +148,12 @@ class AsyncClient:
         """
         ns.check_hashes(hashes)
         tried = await self._try(lambda attachment: core.acquire(attachment, ns, hashes, ttl_ms))
-        return Lease(tried.value or nothing_held(ns), tried.link, owned=True)
+        return AsyncLease(tried.value or nothing_held(ns), tried.link, self, owned=True)
 
-    async def resolve(self, ns: Namespace, lease: int) -> Lease:
+    async def resolve(self, ns: Namespace, lease: int) -> AsyncLease:
         """This shard's blocks of a lease that another session of the client group holds; not released here."""
         tried = await self._try(lambda attachment: core.resolve(attachment, ns, lease))
-        return Lease(tried.value or nothing_held(ns), tried.link, owned=False)
+        return AsyncLease(tried.value or nothing_held(ns), tried.link, self, owned=False)
 
     async def fetch(
         self,
@@ -159,11 +171,12 @@ class AsyncClient:
             block_ids: where in it each block goes; None: 0, 1, 2, ...
         Raises:
             LayoutError, BadRequest: the memory, the ids or the hashes do not fit the namespace.
-        Blocking: one round trip and the copy.
+        Blocking: one round trip and the copy; blocks of slower tiers are copied as they are read into memory, and the
+        fetch ends when none has come for `timeout_ms`.
         """
         work = core.transfer(ns, hashes, destination, block_ids, writable=True)
-        strict = self.options.strict
-        tried = await self._try(lambda attachment: core.fetch(attachment, work, ttl_ms, strict=strict))
+        strict, verify = self.options.strict, self.options.verify == "load"
+        tried = await self._try(lambda attachment: core.fetch(attachment, work, ttl_ms, strict=strict, verify=verify))
         if tried.value is None:
             return FetchResult(reason=reason_of(tried.error or PeerLost()))
         self._counters.fetched(tried.value)
@@ -203,8 +216,10 @@ class AsyncClient:
         Blocking: a round trip and the copy per batch of at most 256 MiB or 256 blocks, and one more.
         """
         work = core.transfer(ns, hashes, source, block_ids, writable=False)
-        strict = self.options.strict
-        tried = await self._try(lambda attachment: core.store(attachment, work, parent, strict=strict))
+        strict, sums = self.options.strict, self.options.checksum_stores
+        tried = await self._try(
+            lambda attachment: core.store(attachment, work, parent, strict=strict, with_checksums=sums)
+        )
         if tried.value is None:
             reason = reason_of(tried.error or PeerLost())
             return StoreResult.nothing(len(hashes), BlockOutcome.UNAVAILABLE, reason)
@@ -217,6 +232,16 @@ class AsyncClient:
         """Keep the leading blocks until unpinned; returns how many. Strict: QuotaExceeded beyond the quota."""
         ns.check_hashes(hashes)
         return await self._run(lambda attachment: core.pin(attachment, ns, hashes), 0)
+
+    async def persist(self, ns: Namespace, hashes: Sequence[bytes], timeout_ms: float | None = None) -> PersistResult:
+        """Have the leading blocks written to storage that outlives the daemon, and wait until they are.
+
+        Asks again, at growing intervals, for `timeout_ms` (None: the client's; 0: asks once) and then tells how many
+        are durable and how many were still being written; those go on being written.
+        """
+        ns.check_hashes(hashes)
+        wait_s = (self.options.timeout_ms if timeout_ms is None else timeout_ms) / 1000
+        return await self._run(lambda attachment: core.persist(attachment, ns, hashes, wait_s), PersistResult())
 
     async def unpin(self, ns: Namespace, hashes: Sequence[bytes]) -> int:
         """Returns how many pins ended."""
@@ -320,16 +345,19 @@ class AsyncClient:
                 raise
             return _Tried(None, None, error)
 
-    async def _commit(self, link: AsyncLink, reservation: int, failed: Sequence[int]) -> int:
+    async def _drive(self, link: AsyncLink, steps: core.Steps[T], miss: T) -> T:
+        """Go on with a grant, over the link it came by."""
+        link.enter()
         try:
-            return await link.drive(core.commit(link.attachment, reservation, failed))
+            return await link.drive(steps)
         except ForebayError as error:
             self._counters.failed(error)
             if self.options.strict:
                 raise
-            return 0
+            return miss
         finally:
             self._settle(link)
+            link.leave()
 
     async def _attached(self) -> AsyncLink:
         """A living link, entered: the one there is, or a new one if the breaker lets us try."""
@@ -389,6 +417,32 @@ class AsyncClient:
             _inherited.append(link)
 
 
+class AsyncLease(BaseLease):
+    """A lease of the asyncio client."""
+
+    def __init__(self, held: core.Held, link: AsyncLink | None, client: AsyncClient, *, owned: bool) -> None:
+        super().__init__(held, link, owned=owned)
+        self._link = link
+        self._client = client
+
+    async def wait(self, blocks: int | None = None, timeout_ms: float | None = None) -> int:
+        """Wait until `blocks` leading blocks (None: all) may be read; returns how many may.
+
+        Fewer when the others will not come, or not within `timeout_ms` (None: the client's), and 0 when the daemon
+        died; strict: the error.
+        """
+        wanted = len(self) if blocks is None else min(blocks, len(self))
+        if self.ready() >= wanted or self._progress.ended or self._link is None or self._holder is None:
+            return self._readable()
+        wait_s = None if timeout_ms is None else timeout_ms / 1000
+        steps = core.more_ready(self.lease_id, wanted - 1, wait_s)
+        told = await self._client._drive(self._link, steps, None)
+        if told is None:
+            return 0
+        self._progress = self._progress.merged(told)
+        return self._readable()
+
+
 class AsyncReservation(BaseReservation):
     """A reservation of the asyncio client."""
 
@@ -406,7 +460,8 @@ class AsyncReservation(BaseReservation):
         if holder is None or self._link is None:
             return 0
         try:
-            return await self._client._commit(self._link, self.reservation_id, failed)
+            steps = core.commit(self._grant, failed, with_checksums=self._client.options.checksum_stores)
+            return await self._client._drive(self._link, steps, 0)
         finally:
             holder.leave()
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from forebay.client.conversation import Conversation
 from forebay.client.copier import Copier
-from forebay.client.core import Action, Attachment, Copy, Exchange, Map, Steps
-from forebay.client.link import attach, map_slab
+from forebay.client.core import Action, Attachment, Await, Compute, Copy, CopyAhead, Exchange, Map, Pause, Steps, undo
+from forebay.client.link import attach, map_slab, nothing_told
+from forebay.client.loads import Progress
 from forebay.client.options import ClientOptions
 from forebay.client.places import SlabMapping
 from forebay.kvstore.errors import (
@@ -51,6 +52,8 @@ class AsyncLink:
         self._users = 0
         self._abandoned = False
         self._loop = asyncio.get_running_loop()
+        self._told: asyncio.Future[None] = self._loop.create_future()
+        """Done at the next notice or fault; then there is a new one."""
         self._loop.add_reader(control.fileno(), self._drain)
         self._loop.add_reader(session.fileno(), self._listen)
 
@@ -105,6 +108,12 @@ class AsyncLink:
             if not future.done():
                 future.set_exception(fault)
         self._waiting.clear()
+        self._wake()
+
+    def _wake(self) -> None:
+        """Something changed for those who wait for notices."""
+        told, self._told = self._told, self._loop.create_future()
+        told.set_result(None)
 
     # Events of the loop
 
@@ -132,12 +141,22 @@ class AsyncLink:
 
     def _listen(self) -> None:
         try:
-            for retired in self._session.poll_events():
-                self.attachment.retire(retired.ns, retired.slab)
+            while notices := self._session.poll_events():
+                for notice in notices:
+                    self.attachment.take(notice)
+                self._wake()
         except PeerError as error:
             self._fail(error)
 
     # Work
+
+    def progress(self, lease: int) -> Progress:
+        """How far a lease is that was not ready when it was granted; never waits. Raises what ended the session."""
+        if self.fault is None and not self._reading_session.locked():
+            self._listen()
+        if self.fault is not None:
+            raise self.fault.with_traceback(None)  # or it would grow with each who asks
+        return self.attachment.loads.progress(lease)
 
     async def drive(self, steps: Steps[T]) -> T:
         """Run an operation to its end; a cancelled one still gives back what it holds."""
@@ -158,14 +177,44 @@ class AsyncLink:
         if isinstance(action, Exchange):
             return await self._exchange(action.requests)
         if isinstance(action, Copy):
-            copy = self._copier.gather if action.to_slots else self._copier.scatter
-            return await _to_the_end(lambda: copy(action.plan))
+            return await self._copy(action)
+        if isinstance(action, CopyAhead):
+            return await self._exchange_around(action.requests, action.copy)
         if isinstance(action, Map):
             return await self._map(action)
+        if isinstance(action, Await):
+            return await self._await(action)
+        if isinstance(action, Pause):
+            return await self._watch(nothing_told, action.seconds)
+        if isinstance(action, Compute):
+            return await _to_the_end(action.call)
         return self.post(action.request)
+
+    async def _await(self, action: Await) -> Progress:
+        loads, lease = self.attachment.loads, action.lease
+        wait_s = self._timeout_s if action.timeout_s is None else action.timeout_s
+        progress = await self._watch(lambda: loads.news(lease, action.ready), wait_s)
+        return loads.progress(lease) if progress is None else progress
+
+    async def _watch(self, news: Callable[[], T | None], wait_s: float) -> T | None:
+        """Wait until notices make `news` say something; None when the time passes first.
+
+        Raises what ended the session, as soon as it has.
+        """
+        try:
+            async with asyncio.timeout(wait_s):
+                while (told := news()) is None:
+                    if self.fault is not None:
+                        raise self.fault
+                    await asyncio.shield(self._told)
+                return told
+        except TimeoutError:
+            return None
 
     def post(self, request: Request) -> bool:
         """Send a request whose reply nobody needs; False, without a word, when the session is known to be over."""
+        if isinstance(request, ReleaseRequest) and self.attachment.loads.end(request.lease) and self.fault is None:
+            self._wake()
         if self.fault is None and not self._control.send(self._conversation.encode(request, expected=False)[1]):
             if not isinstance(request, ReleaseRequest):  # a lease ends by itself; slots come back with the session
                 self._fail(PeerLost("a request could not be sent"))
@@ -173,6 +222,12 @@ class AsyncLink:
         return self.fault is None
 
     async def _exchange(self, requests: tuple[Request, ...]) -> list[Reply | ForebayError]:
+        return (await self._exchange_around(requests, None))[1]
+
+    async def _exchange_around(
+        self, requests: tuple[Request, ...], copy: Copy | None
+    ) -> tuple[Sequence[int], list[Reply | ForebayError]]:
+        """Send the requests, copy while they travel, take the replies; a copy under way always ends first."""
         if self.fault is not None:
             raise self.fault
         encoded = [self._conversation.encode(request) for request in requests]
@@ -185,17 +240,33 @@ class AsyncLink:
                 break
         self._drain()
         try:
+            failed = await self._copy(copy) if copy is not None else ()
             async with asyncio.timeout(self._timeout_s):
-                return [await future for future in futures]
+                return failed, [await future for future in futures]
         except TimeoutError:
             self._fail(Timeout(f"no answer within {self._timeout_s * 1000:.0f} ms"))
             raise Timeout(f"no answer within {self._timeout_s * 1000:.0f} ms") from None
+        except BaseException:  # a cancellation may strike after the reply was taken and before the task went on
+            self._undo(futures)
+            raise
         finally:
             for (number, _), future in zip(encoded, futures, strict=False):
                 self._waiting.pop(number, None)
                 self._conversation.abandon(number)
                 if future.done() and not future.cancelled():
                     future.exception()  # several may carry the same fault; one was raised
+
+    async def _copy(self, action: Copy) -> Sequence[int]:
+        copy = self._copier.gather if action.to_slots else self._copier.scatter
+        return await _to_the_end(lambda: copy(action.plan))
+
+    def _undo(self, futures: Sequence[asyncio.Future[Reply | ForebayError]]) -> None:
+        """Give back what replies granted that nobody will see."""
+        for future in futures:
+            if future.done() and not future.cancelled() and future.exception() is None:
+                request = undo(future.result())
+                if request is not None:
+                    self.post(request)
 
     async def _map(self, action: Map) -> SlabMapping:
         """Map a slab once, however many tasks need it."""
@@ -223,12 +294,16 @@ class AsyncLink:
         if self.fault is not None:
             raise self.fault
         self._loop.remove_reader(self._session.fileno())
-        deadline = time.monotonic() + self._timeout_s
         try:
-            return await self._loop.run_in_executor(None, map_slab, self._session, action.ns, action.slab, deadline)
+            return await self._loop.run_in_executor(None, self._map_slab, action)
         finally:
             if self.fault is None:
                 self._loop.add_reader(self._session.fileno(), self._listen)
+                self._listen()  # notices that came before the answer do not show on the socket any more
+
+    def _map_slab(self, action: Map) -> SlabMapping:
+        """In a thread of the pool; its time begins when it has one."""
+        return map_slab(self._session, action.ns, action.slab, time.monotonic() + self._timeout_s)
 
 
 async def _to_the_end(work: Callable[[], T]) -> T:

@@ -63,11 +63,17 @@ class Conversation:
         return answer.request_id, reply
 
     def undo(self, payload: bytes) -> Request | None:
-        """What gives back the grant of an abandoned request, if `payload` is the reply to one."""
+        """What gives back the grant of an abandoned request, if `payload` is the reply to one.
+
+        Raises PeerLost when it makes no sense: what it grants can only end with the session.
+        """
         if not self._abandoned:
             return None
         answer = decode_reply(payload)
         reply_type = self._abandoned.pop(answer.request_id, None)
         if reply_type is None or answer.code:
             return None
-        return core.undo(answer.unwrap(reply_type))
+        try:
+            return core.undo(answer.unwrap(reply_type))
+        except ForebayError as error:
+            raise PeerLost(f"an unreadable reply: {error}") from error

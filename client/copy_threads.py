@@ -34,6 +34,9 @@ def auto_threads() -> int:
     return min(THREADS_AUTO_MAX, len(os.sched_getaffinity(0)))
 
 
+_Copy = Callable[[CopyPlan], Sequence[int]]
+
+
 class ParallelCopier:
     """A `Copier` of up to `threads` threads, the caller among them; may be used by several threads at once."""
 
@@ -41,29 +44,28 @@ class ParallelCopier:
         """The helpers begin with the first large copy. `cpus`: the core of each helper in turn; empty: any."""
         self._threads = threads
         self._cpus = tuple(cpus)
-        self._inner = inner or NumpyCopier()
+        self._alone: Copier = inner or NumpyCopier()
+        self._together: Copier = inner or NumpyCopier(shares=True)
         self._jobs: SimpleQueue[_Job | None]
-        self._starting: threading.Lock
-        self._started: bool
+        self._beginning: threading.Lock
+        self._helpers: int | None
         self._renew()
         _live.add(self)
 
     def gather(self, plan: CopyPlan) -> Sequence[int]:
-        return self._copy(plan, self._inner.gather)
+        return self._copy(plan, self._alone.gather, self._together.gather)
 
     def scatter(self, plan: CopyPlan) -> Sequence[int]:
-        return self._copy(plan, self._inner.scatter)
+        return self._copy(plan, self._alone.scatter, self._together.scatter)
 
-    def _copy(self, plan: CopyPlan, copy: Callable[[CopyPlan], Sequence[int]]) -> Sequence[int]:
+    def _copy(self, plan: CopyPlan, alone: _Copy, together: _Copy) -> Sequence[int]:
         parts = self._parts(plan)
         if len(parts) < 2:
-            return copy(plan)
-        job = _Job(plan, parts, copy)
-        self._start_helpers()
-        for _ in range(min(self._threads, len(parts)) - 1):
+            return alone(plan)
+        job = _Job(plan, parts, together)
+        for _ in range(min(self._begun(), len(parts) - 1)):
             self._jobs.put(job)
-        job.work()
-        return job.failed()
+        return job.run()
 
     def _parts(self, plan: CopyPlan) -> list[slice]:
         blocks, block_bytes = len(plan.addresses), plan.table.block_bytes
@@ -73,21 +75,26 @@ class ParallelCopier:
         part_bytes = PART_BYTES_MIN if block_bytes > HELD_PIECE_BYTES_MAX else SMALL_BLOCKS_PART_BYTES_MIN
         return _guided(blocks, max(1, part_bytes // block_bytes), 2 * self._threads)
 
-    def _start_helpers(self) -> None:
-        if self._started:
-            return
-        with self._starting:
-            for number in range(0 if self._started else self._threads - 1):
-                cpu = self._cpus[number % len(self._cpus)] if self._cpus else None
-                name = f"forebay-copy-{number}"
-                threading.Thread(target=_help, args=(self._jobs, cpu), name=name, daemon=True).start()
-            self._started = True
+    def _begun(self) -> int:
+        """How many helpers there are; they begin with the first large copy, as many as the system lets us have."""
+        with self._beginning:
+            if self._helpers is None:
+                self._helpers = 0
+                for number in range(self._threads - 1):
+                    cpu = self._cpus[number % len(self._cpus)] if self._cpus else None
+                    name = f"forebay-copy-{number}"
+                    try:
+                        threading.Thread(target=_help, args=(self._jobs, cpu), name=name, daemon=True).start()
+                    except RuntimeError:
+                        break  # the process may have no more threads, or is ending: the caller copies what is left
+                    self._helpers += 1
+            return self._helpers
 
     def _renew(self) -> None:
         """No helpers yet: a new copier's state, and a forked child's, whose parent's helpers are not here."""
         self._jobs = SimpleQueue()
-        self._starting = threading.Lock()
-        self._started = False
+        self._beginning = threading.Lock()
+        self._helpers = None
         weakref.finalize(self, _dismiss, self._jobs, self._threads - 1)
 
 
@@ -105,46 +112,73 @@ def _guided(blocks: int, least: int, share: int) -> list[slice]:
 
 
 class _Job:
-    """One plan's parts; whoever works on it takes the next one."""
+    """One plan's parts; whoever works on it takes the next one. Over when its caller says so."""
 
     def __init__(self, plan: CopyPlan, parts: Sequence[slice], copy: Callable[[CopyPlan], Sequence[int]]) -> None:
-        self._plan = plan
+        self._plan: CopyPlan | None = plan
+        """None when the job is over: a helper that comes later finds nothing to do, and keeps no memory alive."""
         self._copy = copy
         self._parts = deque(parts)
-        self._left = len(parts)
-        self._lock = threading.Lock()
-        self._done = threading.Event()
+        self._idle = threading.Condition(threading.Lock())
+        self._helping = 0
         self._failed: list[int] = []
         self._error: BaseException | None = None
 
-    def work(self) -> None:
+    def run(self) -> list[int]:
+        """The caller's share; returns the positions that failed. When it returns or raises nobody copies any more."""
+        try:
+            if self._plan is not None:
+                self._work(self._plan)
+        finally:
+            self._end()
+        if self._error is not None:
+            raise self._error
+        return sorted(self._failed)
+
+    def help(self) -> None:
+        """A helper's share; an error is the caller's to raise."""
+        with self._idle:
+            if self._plan is None:
+                return
+            self._helping += 1
+            plan = self._plan
+        try:
+            self._work(plan)
+        except BaseException as error:  # noqa: BLE001  # whatever it is, the caller must hear of it
+            self._error = error
+            self._parts.clear()
+        finally:
+            with self._idle:
+                self._helping -= 1
+                self._idle.notify()
+
+    def _work(self, plan: CopyPlan) -> None:
         while True:
             try:
                 part = self._parts.popleft()
             except IndexError:
                 return
-            plan = self._plan
-            failed: Sequence[int] = ()
-            error: BaseException | None = None
-            try:
-                addresses, ids = plan.addresses[part], plan.block_ids[part]
-                failed = self._copy(replace(plan, addresses=addresses, block_ids=ids))
-            except BaseException as caught:  # noqa: BLE001  # the caller's to raise, whichever thread met it
-                error = caught
-            with self._lock:
-                self._failed += [part.start + position for position in failed]
-                self._error = self._error or error
-                self._left -= 1
-                last = self._left == 0
-            if last:
-                self._done.set()
+            failed = self._copy(replace(plan, addresses=plan.addresses[part], block_ids=plan.block_ids[part]))
+            self._failed.extend([part.start + position for position in failed])
 
-    def failed(self) -> list[int]:
-        """Wait for the parts that helpers have begun, which takes no longer than their copy; raises their error."""
-        self._done.wait()
-        if self._error is not None:
-            raise self._error
-        return sorted(self._failed)
+    def _end(self) -> None:
+        """Wait for the parts that helpers have begun, which takes no longer than their copy.
+
+        So does a caller whom a signal wants elsewhere: it would give back slots that a helper still writes to.
+        """
+        interrupted: BaseException | None = None
+        while True:
+            try:
+                self._parts.clear()
+                with self._idle:
+                    self._plan = None
+                    while self._helping:
+                        self._idle.wait()
+                break
+            except BaseException as error:  # noqa: BLE001  # a signal's; it is raised below
+                interrupted = error
+        if interrupted is not None:
+            raise interrupted
 
 
 def _help(jobs: SimpleQueue[_Job | None], cpu: int | None) -> None:
@@ -152,13 +186,13 @@ def _help(jobs: SimpleQueue[_Job | None], cpu: int | None) -> None:
     if cpu is not None:
         try:
             os.sched_setaffinity(threading.get_native_id(), {cpu})
-        except OSError:
+        except (OSError, ValueError, OverflowError):  # not ours to use, or no such number
             pass
     while True:
         job = jobs.get()
         if job is None:
             return
-        job.work()
+        job.help()
         del job  # it keeps an engine's memory alive
 
 

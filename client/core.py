@@ -1,8 +1,8 @@
 """The client without its I/O: each operation is a generator of actions.
 
-An operation yields what must be done (exchange requests, map a slab, copy a plan), is sent the result or has the
-error thrown into it, and returns its own. The sync and the async client are two loops around these generators,
-so the dance of a fetch and of a store is written, and tested against faults, once.
+An operation yields what must be done (exchange requests, map a slab, copy a plan, await blocks that are still being
+read), is sent the result or has the error thrown into it, and returns its own. The sync and the async client are two
+loops around these generators, so the dance of a fetch and of a store is written, and tested against faults, once.
 
 Rules of the dance: bytes that were copied out count only if the generations still agree after the copy; only
 slots that the daemon said to write are written; after one failed block of a chain the rest of its batch is given
@@ -13,17 +13,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
+from forebay.client import checksums
 from forebay.client.copier import CopyPlan
+from forebay.client.loads import NOTHING, Loads, Progress
 from forebay.client.namespaces import Namespace
 from forebay.client.places import Places, SlabMapping, no_places
 from forebay.client.results import (
     BlockOutcome,
     FetchResult,
     LookupResult,
+    PersistResult,
     PrefetchResult,
     RemovalResult,
     StoreResult,
@@ -48,6 +53,8 @@ from forebay.transports.messages import (
     LookupReply,
     LookupRequest,
     OpenNamespaceReply,
+    PersistReply,
+    PersistRequest,
     PinReply,
     PinRequest,
     PrefetchReply,
@@ -65,10 +72,16 @@ from forebay.transports.messages import (
     UnpinRequest,
     join_u32,
 )
+from forebay.transports.packets import Ready
+from forebay.transports.session import Notice
 
 BATCH_BYTES = 256 << 20
 BATCH_BLOCKS = 256
 """A store reserves at most this much at a time, so that a long one neither hoards slots nor starves others."""
+
+PERSIST_PAUSE_S = 0.002
+PERSIST_PAUSE_MAX_S = 0.25
+"""Pauses between two questions whether blocks are durable; each is twice as long as the one before."""
 
 _ENVELOPE_BYTES = 1024
 
@@ -109,7 +122,44 @@ class Copy:
     to_slots: bool
 
 
-Action: TypeAlias = Exchange | Post | Map | Copy
+@dataclass(frozen=True, slots=True)
+class CopyAhead:
+    """Send the requests, execute a plan while they travel, take the replies: the result is what both give, as a pair.
+
+    Should the copy raise, what the replies grant is given back.
+    """
+
+    copy: Copy
+    requests: tuple[Request, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Await:
+    """Wait until more than `ready` blocks of a lease are ready, or nothing more will come; the result is its Progress.
+
+    After `timeout_s` (None: the client's time-out) the result is how far it is all the same.
+    """
+
+    lease: int
+    ready: int
+    timeout_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """Let time pass; no result. Ends with an error when the session does."""
+
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Compute:
+    """Call what takes long, where nothing else has to wait for it; the result is the call's."""
+
+    call: Callable[[], Any]
+
+
+Action: TypeAlias = Exchange | Post | Map | Copy | CopyAhead | Await | Pause | Compute
 Steps: TypeAlias = Generator[Action, Any, T]
 Operation: TypeAlias = Callable[["Attachment"], Steps[T]]
 
@@ -122,10 +172,17 @@ class Attachment:
     max_hashes: int
     handles: dict[bytes, OpenNamespaceReply] = field(default_factory=dict)
     slabs: dict[tuple[int, int], SlabMapping] = field(default_factory=dict)
+    loads: Loads = field(default_factory=Loads)
 
-    def retire(self, ns: int, slab: int) -> None:
-        """The daemon took a slab back: forget its mapping. Copies under way keep it mapped, and fail their check."""
-        self.slabs.pop((ns, slab), None)
+    def take(self, notice: Notice) -> None:
+        """What the daemon told: a lease is further, or a slab was taken back.
+
+        Copies under way keep a slab mapped, and fail their check.
+        """
+        if isinstance(notice, Ready):
+            self.loads.tell(notice.lease, Progress(notice.ready, notice.total))
+        else:
+            self.slabs.pop((notice.ns, notice.slab), None)
 
     def hashes_max(self, ns: Namespace) -> int:
         """How many hashes fit one request."""
@@ -203,7 +260,8 @@ def lookup(attachment: Attachment, ns: Namespace, blob: bytes) -> Steps[LookupRe
     bytes_max = attachment.hashes_max(ns) * ns.hash_bytes
     asked = blob if len(blob) <= bytes_max else blob[:bytes_max]
     reply = yield from call(LookupRequest(handle.ns, asked), LookupReply)
-    return LookupResult(reply.blocks, dict(reply.by_tier), reply.load_us, reply.advice)
+    blocks = min(reply.blocks, len(asked) // ns.hash_bytes)  # an engine takes it for a part of its prompt
+    return LookupResult(blocks, dict(reply.by_tier), reply.load_us, reply.advice)
 
 
 def prefetch(attachment: Attachment, ns: Namespace, hashes: Sequence[bytes]) -> Steps[PrefetchResult]:
@@ -248,6 +306,33 @@ def evict(
         reply = yield from call(request, EvictReply)
         removed, kept = removed + reply.removed, kept + reply.kept
     return RemovalResult(removed, kept)
+
+
+def persist(attachment: Attachment, ns: Namespace, hashes: Sequence[bytes], timeout_s: float) -> Steps[PersistResult]:
+    """Ask that the leading blocks be made durable, and ask again until none is pending; 0 asks once."""
+    handle = yield from open_namespace(attachment, ns)
+    parts = list(_parts(hashes, attachment.hashes_max(ns)))
+    result = yield from _persist(handle, parts)
+    pause_s, left_s = PERSIST_PAUSE_S, timeout_s
+    while result.pending and left_s > 0:
+        pause_s = min(pause_s, left_s)
+        yield Pause(pause_s)
+        left_s -= pause_s
+        pause_s = min(2 * pause_s, PERSIST_PAUSE_MAX_S)
+        result = yield from _persist(handle, parts)
+    return result
+
+
+def _persist(handle: OpenNamespaceReply, parts: Sequence[Sequence[bytes]]) -> Steps[PersistResult]:
+    """One round of questions; beyond a block that is neither durable nor being written nothing is asked."""
+    durable = pending = 0
+    for part in parts:
+        reply = yield from call(PersistRequest(handle.ns, b"".join(part)), PersistReply)
+        durable += 0 if pending else reply.durable
+        pending += reply.pending
+        if reply.durable + reply.pending < len(part):
+            break
+    return PersistResult(durable, pending)
 
 
 CountedRequest: TypeAlias = type[UnpinRequest] | type[TouchRequest] | type[DoneRequest]
@@ -323,11 +408,20 @@ class Held:
     """A lease and where its blocks lie; lease 0 and no places when nothing was there.
 
     There are fewer places than leased blocks when a slab was taken back before it could be mapped.
+
+    Attributes:
+        progress: how many of them were ready when the lease was granted, and how many there are.
+        checksums: uint64, one for each leased block, 0 where it is not known; empty when none is.
     """
 
     lease: int
-    leased_blocks: int
     places: Places
+    progress: Progress
+    checksums: NDArray[np.uint64]
+
+
+def holds_nothing(block_bytes: int) -> Held:
+    return Held(0, no_places(block_bytes), NOTHING, np.zeros(0, np.uint64))
 
 
 def acquire(attachment: Attachment, ns: Namespace, hashes: Sequence[bytes], ttl_ms: int) -> Steps[Held]:
@@ -339,7 +433,11 @@ def resolve(attachment: Attachment, ns: Namespace, lease: int) -> Steps[Held]:
     """The places, in this shard, of a lease that a session of the same client group holds."""
     handle = yield from open_namespace(attachment, ns)
     reply = yield from call(ResolveRequest(handle.ns, lease), ResolveReply)
-    return Held(lease, len(reply.slots) // 8, (yield from _locate(attachment, handle, reply.slots, reply.generations)))
+    try:
+        return (yield from _held(attachment, handle, lease, reply))
+    except BaseException:
+        attachment.loads.end(lease)
+        raise
 
 
 def _acquire(
@@ -348,61 +446,127 @@ def _acquire(
     blob = b"".join(hashes)
     reply = yield from call(AcquireRequest(handle.ns, blob, ttl_ms), AcquireReply)
     if not reply.lease:
-        return Held(0, 0, no_places(handle.block_bytes))
+        return holds_nothing(handle.block_bytes)
     try:
         if len(reply.slots) > 8 * len(hashes):
             raise Internal("the daemon leased more blocks than were asked for")
-        places = yield from _locate(attachment, handle, reply.slots, reply.generations)
+        return (yield from _held(attachment, handle, reply.lease, reply))
     except BaseException:
         yield Post(ReleaseRequest(reply.lease))
         raise
-    return Held(reply.lease, len(reply.slots) // 8, places)
 
 
-def fetch(attachment: Attachment, work: Transfer, ttl_ms: int, *, strict: bool) -> Steps[FetchResult]:
-    """Acquire, copy, check, release. Unless `strict`, an error ends the run and what was verified counts."""
-    loaded, reason = 0, ""
+def _held(
+    attachment: Attachment, handle: OpenNamespaceReply, lease: int, reply: AcquireReply | ResolveReply
+) -> Steps[Held]:
+    """What a reply grants. If not all is ready, its progress is followed from here on, until the lease is released."""
+    progress = Progress(reply.ready, len(reply.slots) // 8)
+    if not progress.ended:
+        progress = attachment.loads.begin(lease, progress)
+    places = yield from _locate(attachment, handle, reply.slots, reply.generations)
+    return Held(lease, places, progress, np.frombuffer(reply.checksums, np.dtype("<u8")))
+
+
+def more_ready(lease: int, ready: int, timeout_s: float | None) -> Steps[Progress]:
+    """How far a lease is once more than `ready` blocks may be read, nothing more will come, or time is up."""
+    progress: Progress = yield Await(lease, ready, timeout_s)
+    return progress
+
+
+def fetch(
+    attachment: Attachment, work: Transfer, ttl_ms: int, *, strict: bool, verify: bool = False
+) -> Steps[FetchResult]:
+    """Acquire, copy, check, release. Unless `strict`, an error ends the run and what was verified counts.
+
+    With `verify` the bytes that arrived are compared with the blocks' checksums, where those are known.
+    """
+    loading = _Fetch(attachment, work, ttl_ms, verify=verify)
     try:
-        handle = yield from open_namespace(attachment, work.ns)
-        size = attachment.hashes_max(work.ns)
-        for first in range(0, len(work.hashes), size):
-            part = work.hashes[first : first + size]
-            blocks, reason = yield from _fetch_part(attachment, handle, work, first, part, ttl_ms)
-            loaded += blocks
-            if reason:
-                break
+        reason = yield from loading.run()
     except ForebayError as error:
         if strict:
             raise
         reason = reason_of(error)
-    return FetchResult(loaded, loaded * work.ns.block_bytes, reason)
+    return FetchResult(loading.loaded, loading.loaded * work.ns.block_bytes, reason)
 
 
-def _fetch_part(
-    attachment: Attachment,
-    handle: OpenNamespaceReply,
-    work: Transfer,
-    first: int,
-    hashes: Sequence[bytes],
-    ttl_ms: int,
-) -> Steps[tuple[int, str]]:
-    held = yield from _acquire(attachment, handle, work.ns, hashes, ttl_ms)
-    if not held.lease:
-        return 0, "miss"
-    try:
-        failed: Sequence[int] = ()
-        if len(held.places):
-            failed = yield Copy(_plan(work, first, held.places, handle), to_slots=False)
-        verified = held.places.verified()
-    finally:
-        standing = yield Post(ReleaseRequest(held.lease))
-    if not standing:  # nobody moves the generations of a dead daemon on
-        raise PeerLost("the daemon went away during the copy")
-    if failed and failed[0] < verified:
-        return failed[0], "failed"
-    if verified < held.leased_blocks:
-        return verified, "stale"
-    return verified, "" if verified == len(hashes) else "miss"
+class _Fetch:
+    """One fetch: request by request of as many hashes as fit one, and of each lease range by range as it is read.
+
+    Attributes:
+        loaded: leading blocks that are right.
+    """
+
+    def __init__(self, attachment: Attachment, work: Transfer, ttl_ms: int, *, verify: bool) -> None:
+        self.loaded = 0
+        self._attachment = attachment
+        self._work = work
+        self._ttl_ms = ttl_ms
+        self._verify = verify
+
+    def run(self) -> Steps[str]:
+        """Returns why it ended short of all blocks; empty when it did not."""
+        work = self._work
+        handle = yield from open_namespace(self._attachment, work.ns)
+        for part in _parts(work.hashes, self._attachment.hashes_max(work.ns)):
+            held = yield from _acquire(self._attachment, handle, work.ns, part, self._ttl_ms)
+            if not held.lease:
+                return "miss"
+            try:
+                blocks, reason = yield from self._load(handle, held)
+            finally:
+                standing = yield Post(ReleaseRequest(held.lease))
+            if not standing:  # nobody moves the generations of a dead daemon on
+                raise PeerLost("the daemon went away during the copy")
+            self.loaded += blocks
+            if reason or blocks < len(part):
+                return reason or "miss"
+        return ""
+
+    def _load(self, handle: OpenNamespaceReply, held: Held) -> Steps[tuple[int, str]]:
+        """Copy what is ready, while the rest is being read; returns the blocks that are right and what stopped them.
+
+        What was checked after its copy is not checked again: those bytes are the engine's own by then.
+        """
+        blocks, progress = 0, held.progress
+        while True:
+            last = min(progress.ready, len(held.places))
+            if last > blocks:
+                right, reason = yield from self._load_range(handle, held, blocks, last)
+                blocks += right
+                if reason:
+                    return blocks, reason
+            if progress.ended or last == len(held.places):
+                return blocks, "" if blocks == progress.total else "stale"
+            progress = yield Await(held.lease, progress.ready)
+            if progress.ready <= blocks and not progress.ended:
+                return blocks, "timeout"
+
+    def _load_range(self, handle: OpenNamespaceReply, held: Held, first: int, last: int) -> Steps[tuple[int, str]]:
+        """Copy a lease's blocks `first` to `last - 1`; returns how many of them are right and what stopped them."""
+        places = held.places.part(first, last)
+        plan = _plan(self._work, self.loaded + first, places, handle)
+        failed: Sequence[int] = yield Copy(plan, to_slots=False)
+        right, reason = places.verified(), ""
+        if right < len(places):
+            reason = "stale"
+        if failed and failed[0] < right:
+            right, reason = failed[0], "failed"
+        if self._verify:
+            corrupt = yield from _corrupt(plan, held.checksums[first : first + right])
+            if corrupt is not None:
+                right, reason = corrupt, "corrupt"
+        return right, reason
+
+
+def _corrupt(plan: CopyPlan, expected: NDArray[np.uint64]) -> Steps[int | None]:
+    """The first of the plan's leading blocks whose bytes in the engine's memory have another checksum; 0 fits any."""
+    known = np.flatnonzero(expected)
+    if not len(known):
+        return None
+    found = yield Compute(partial(checksums.of_paged, plan.table, plan.block_ids[known]))
+    wrong = known[found != expected[known]]
+    return int(wrong[0]) if len(wrong) else None
 
 
 # --- writing ------------------------------------------------------------------------------------------------
@@ -423,8 +587,27 @@ def reserve(attachment: Attachment, ns: Namespace, parent: bytes, hashes: Sequen
     return (yield from _granted(attachment, handle, reply, len(hashes)))
 
 
-def commit(attachment: Attachment, reservation: int, failed: Sequence[int]) -> Steps[int]:
-    return (yield from call(CommitRequest(reservation, join_u32(failed)), CommitReply)).count
+def commit(grant: Grant, failed: Sequence[int], *, with_checksums: bool) -> Steps[int]:
+    """Publish what the caller wrote in place; returns how many blocks that were."""
+    sums = b""
+    try:
+        if with_checksums:
+            written = sorted(set(range(len(grant.places))).difference(failed))
+            sums = yield from _checksums(grant, written)
+        request = CommitRequest(grant.reservation, join_u32(failed), sums)
+    except BaseException:
+        yield Post(AbortRequest(grant.reservation))
+        raise
+    return (yield from call(request, CommitReply)).count
+
+
+def _checksums(grant: Grant, written: Sequence[int]) -> Steps[bytes]:
+    """A blob of one checksum for each block to write, 0 for those not written."""
+    sums = np.zeros(grant.codes.count(BlockOutcome.STORED), np.dtype("<u8"))
+    if written:
+        places, at = grant.places, np.asarray(written, np.int64)
+        sums[at] = yield Compute(partial(checksums.of_slots, places.addresses[at], places.block_bytes))
+    return sums.tobytes()
 
 
 def abort(attachment: Attachment, reservation: int) -> Steps[None]:
@@ -432,25 +615,26 @@ def abort(attachment: Attachment, reservation: int) -> Steps[None]:
 
 
 def _granted(attachment: Attachment, handle: OpenNamespaceReply, reply: ReserveReply, asked: int) -> Steps[Grant]:
-    if not reply.reservation:
-        return Grant(0, reply.outcomes, no_places(handle.block_bytes))
     try:
         writes = reply.outcomes.count(BlockOutcome.STORED)
-        if len(reply.outcomes) != asked or len(reply.slots) != 8 * writes:
+        if len(reply.outcomes) != asked or len(reply.slots) != 8 * writes or (writes and not reply.reservation):
             raise Internal("the daemon's reservation does not fit what was asked")
         places = yield from _locate(attachment, handle, reply.slots, reply.generations)
     except BaseException:
-        yield Post(AbortRequest(reply.reservation))
+        if reply.reservation:
+            yield Post(AbortRequest(reply.reservation))
         raise
     return Grant(reply.reservation, reply.outcomes, places)
 
 
-def store(attachment: Attachment, work: Transfer, parent: bytes, *, strict: bool) -> Steps[StoreResult]:
+def store(
+    attachment: Attachment, work: Transfer, parent: bytes, *, strict: bool, with_checksums: bool = False
+) -> Steps[StoreResult]:
     """Reserve, copy, commit, batch by batch; a batch's commit travels with the next one's reserve.
 
     Unless `strict`, an error ends the run and what the daemon did not confirm is FAILED or UNAVAILABLE.
     """
-    writing = _Store(attachment, work, parent)
+    writing = _Store(attachment, work, parent, with_checksums=with_checksums)
     try:
         yield from writing.run()
     except ForebayError as error:
@@ -471,33 +655,55 @@ class _Written:
 class _Store:
     """The state of one store between its batches."""
 
-    def __init__(self, attachment: Attachment, work: Transfer, parent: bytes) -> None:
+    def __init__(self, attachment: Attachment, work: Transfer, parent: bytes, *, with_checksums: bool) -> None:
         self._attachment = attachment
         self._work = work
         self._parent = parent
+        self._with_checksums = with_checksums
         self._codes = bytearray([BlockOutcome.UNAVAILABLE]) * len(work.hashes)
         self._committed = 0
         self._written: _Written | None = None
 
     def run(self) -> Steps[None]:
+        """Batch by batch; while one is copied, the commit of the one before and the reserve of the next travel.
+
+        What was copied before an error is committed all the same; else its slots would be held for the session's life.
+        """
+        try:
+            yield from self._batches()
+        except ForebayError:
+            yield from self._exchange(None)
+            raise
+        except BaseException:  # a cancellation or a signal: nobody waits for the answer
+            for request in self._commit():
+                yield Post(request)
+            raise
+
+    def _batches(self) -> Steps[None]:
         work, total = self._work, len(self._work.hashes)
-        handle = yield from open_namespace(self._attachment, work.ns)
-        by_bytes = max(1, BATCH_BYTES // handle.slot_bytes)
-        size = min(by_bytes, BATCH_BLOCKS, self._attachment.hashes_max(work.ns))
-        for first in range(0, total, size):
-            last = min(first + size, total)
-            reply = yield from self._reserve(handle, first, last)
-            grant = yield from _granted(self._attachment, handle, reply, last - first)
+        self._handle = yield from open_namespace(self._attachment, work.ns)
+        by_bytes = max(1, BATCH_BYTES // self._handle.slot_bytes)
+        self._size = min(by_bytes, BATCH_BLOCKS, self._attachment.hashes_max(work.ns))
+        first, reply = 0, None
+        while first < total:
+            last = min(first + self._size, total)
+            if reply is None:
+                reply = yield from self._exchange(self._reserve(first))
+            assert reply is not None, "an exchange without a reply"
+            grant = yield from _granted(self._attachment, self._handle, expect(reply, ReserveReply), last - first)
             self._codes[first:last] = grant.codes
+            self._parent = work.hashes[last - 1]
+            reply = None
             if grant.reservation:
-                yield from self._write(handle, grant, first)
+                reply = yield from self._write(grant, first, last)
             if self._codes[last - 1] not in _FOUND:
                 self._codes[last:] = bytes([BlockOutcome.ORPHAN]) * (total - last)
+                unwanted = None if reply is None else undo(reply)
+                if unwanted is not None:
+                    yield Post(unwanted)
                 break
-            self._parent = work.hashes[last - 1]
-        if self._written is not None:
-            replies = yield Exchange((self._written.request,))
-            self._settle(replies[0])
+            first = last
+        yield from self._exchange(None)
 
     def result(self, error: ForebayError | None) -> StoreResult:
         if self._written is not None:
@@ -509,37 +715,78 @@ class _Store:
             reason_of(error) if error else "",
         )
 
-    def _reserve(self, handle: OpenNamespaceReply, first: int, last: int) -> Steps[ReserveReply]:
-        blob = b"".join(self._work.hashes[first:last])
-        request = ReserveRequest(handle.ns, self._parent, blob)
-        if self._written is None:
-            replies = yield Exchange((request,))
-        else:
-            replies = yield Exchange((self._written.request, request))
-            self._settle(replies[0])
-        return expect(replies[-1], ReserveReply)
+    def _reserve(self, first: int) -> ReserveRequest:
+        return ReserveRequest(self._handle.ns, self._parent, b"".join(self._work.hashes[first : first + self._size]))
 
-    def _write(self, handle: OpenNamespaceReply, grant: Grant, first: int) -> Steps[None]:
-        """Copy the blocks granted; from the first that failed on, the batch is given back."""
+    def _exchange(self, request: Request | None) -> Steps[Reply | ForebayError | None]:
+        """Commit what has been written, if anything, and ask for something else, if anything."""
+        commit = self._commit()
+        requests = commit if request is None else (*commit, request)
+        if not requests:
+            return None
+        replies = yield Exchange(requests)
+        return self._take(commit, replies)
+
+    def _commit(self) -> tuple[Request, ...]:
+        return () if self._written is None else (self._written.request,)
+
+    def _take(
+        self, commit: tuple[Request, ...], replies: Sequence[Reply | ForebayError]
+    ) -> Reply | ForebayError | None:
+        """Book the reply to the commit, if there was one; returns the other, if there was one."""
+        if commit:
+            self._settle(replies[0])
+        return replies[-1] if len(replies) > len(commit) else None
+
+    def _write(self, grant: Grant, first: int, last: int) -> Steps[Reply | ForebayError | None]:
+        """Copy the blocks granted; from the first that failed on, the batch is given back.
+
+        Returns the reply to the next batch's reserve, which is asked for meanwhile if there is one.
+        """
         positions = [first + i for i, code in enumerate(grant.codes) if code == BlockOutcome.STORED]
-        ready = len(grant.places)
+        ready, sums, reply = len(grant.places), b"", None
         try:
             if not all(mapping.writable for mapping in grant.places.mappings):
                 ready = 0
             if ready:
-                ids = self._work.block_ids[positions[:ready]]
-                places = grant.places
-                plan = CopyPlan(self._work.table, ids, places.addresses, handle.slot_bytes, places.mappings)
-                failed = yield Copy(plan, to_slots=True)
+                failed, reply = yield from self._copy(grant, positions[:ready], last)
                 ready = min([ready, *failed])
+            if self._with_checksums:
+                sums = yield from _checksums(grant, range(ready))
         except BaseException:
+            for position in positions:
+                self._codes[position] = BlockOutcome.FAILED
             yield Post(AbortRequest(grant.reservation))
+            unwanted = None if reply is None else undo(reply)
+            if unwanted is not None:
+                yield Post(unwanted)
             raise
         if ready < len(positions):
-            gap, last = positions[ready], first + len(grant.codes)
-            self._codes[gap:last] = bytes([BlockOutcome.FAILED] + [BlockOutcome.ORPHAN] * (last - gap - 1))
-        request = CommitRequest(grant.reservation, join_u32(range(ready, len(positions))))
+            gap, end = positions[ready], first + len(grant.codes)
+            self._codes[gap:end] = bytes([BlockOutcome.FAILED] + [BlockOutcome.ORPHAN] * (end - gap - 1))
+        request = CommitRequest(grant.reservation, join_u32(range(ready, len(positions))), sums)
+        if self._written is not None:  # nothing was copied that its commit could have travelled with
+            try:
+                yield from self._exchange(None)
+            except BaseException:
+                yield Post(AbortRequest(grant.reservation))
+                raise
         self._written = _Written(request, tuple(positions[:ready]))
+        return reply
+
+    def _copy(
+        self, grant: Grant, positions: Sequence[int], last: int
+    ) -> Steps[tuple[Sequence[int], Reply | ForebayError | None]]:
+        places = grant.places
+        ids = self._work.block_ids[positions]
+        plan = CopyPlan(self._work.table, ids, places.addresses, self._handle.slot_bytes, places.mappings)
+        goes_on = last < len(self._work.hashes) and self._codes[last - 1] in _FOUND
+        commit = self._commit()
+        requests = (*commit, self._reserve(last)) if goes_on else commit
+        if not requests:
+            return (yield Copy(plan, to_slots=True)), None
+        failed, replies = yield CopyAhead(Copy(plan, to_slots=True), requests)
+        return failed, self._take(commit, replies)
 
     def _settle(self, reply: Reply | ForebayError) -> None:
         """Book the answer to a commit. A count other than ours says that some block is not there: trust none."""

@@ -24,6 +24,7 @@ class Counters:
     stored_blocks: int = 0
     stored_bytes: int = 0
     stale_fetches: int = 0
+    corrupt_fetches: int = 0
     errors: Counter[str] = field(default_factory=Counter)
 
     def failed(self, error: ForebayError) -> None:
@@ -39,6 +40,7 @@ class Counters:
         self.fetched_blocks += result.blocks
         self.fetched_bytes += result.bytes
         self.stale_fetches += result.reason == "stale"
+        self.corrupt_fetches += result.reason == "corrupt"
 
     def stored(self, result: StoreResult) -> None:
         if result.reason not in _RESULTS:
@@ -56,6 +58,7 @@ class Counters:
             stored_blocks=self.stored_blocks,
             stored_bytes=self.stored_bytes,
             stale_fetches=self.stale_fetches,
+            corrupt_fetches=self.corrupt_fetches,
             errors=dict(self.errors),
             breaker=breaker,
             attached=attached,

@@ -11,23 +11,32 @@ from typing import Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from forebay.client.core import Grant, Held
+from forebay.client.core import Attachment, Grant, Held, holds_nothing
+from forebay.client.loads import Progress
 from forebay.client.namespaces import Namespace
 from forebay.client.places import no_places
 from forebay.client.results import BlockOutcome, StoreResult
+from forebay.kvstore.errors import ForebayError
 from forebay.transports.messages import AbortRequest, ReleaseRequest, Request
 
 
 class Holder(Protocol):
     """The link a grant came over."""
 
+    attachment: Attachment
+
+    def progress(self, lease: int) -> Progress: ...
+
     def post(self, request: Request) -> bool: ...
 
     def leave(self) -> None: ...
 
 
-class Lease:
+class BaseLease:
     """Blocks that may be read in place until released; a context manager. True when it holds any.
+
+    Blocks of slower tiers are held at once and read into memory meanwhile, in order: `ready` says how many may be
+    read, `wait` waits for more. Where memory is the only tier all are ready from the start.
 
     Attributes:
         lease_id: what `resolve` takes in another session of the client group; 0 for none.
@@ -36,7 +45,9 @@ class Lease:
     def __init__(self, held: Held, link: Holder | None, *, owned: bool) -> None:
         self.lease_id = held.lease
         self._places = held.places
-        self._link = link if owned and held.lease else None
+        self._progress = held.progress
+        self._owned = owned
+        self._holder = link if held.lease else None
 
     def __len__(self) -> int:
         """Leading blocks held."""
@@ -47,6 +58,18 @@ class Lease:
         """Slot within its slab of each block."""
         return self._places.slots()
 
+    def ready(self) -> int:
+        """Leading blocks that may be read now; does not wait. 0 when the daemon died before all were ready."""
+        if self._holder is not None and not self._progress.ended:
+            try:
+                self._progress = self._progress.merged(self._holder.progress(self.lease_id))
+            except ForebayError:
+                return 0
+        return self._readable()
+
+    def _readable(self) -> int:
+        return min(self._progress.ready, len(self._places))
+
     def views(self) -> list[NDArray[np.uint8]]:
         """One read-only uint8 array (block_bytes,) per block, in shared memory.
 
@@ -56,14 +79,21 @@ class Lease:
         return self._places.views(writable=False)
 
     def valid(self) -> int:
-        """How many leading blocks are still where they were; ask after reading. Costs no round trip."""
-        return self._places.verified()
+        """How many leading blocks are still where they were; ask after reading. Costs no round trip.
+
+        Blocks that neither the daemon's reply nor `ready` or `wait` said were ready are not counted.
+        """
+        return min(self._places.verified(), self._readable())
 
     def release(self) -> None:
         """End the lease; does not wait. Idempotent."""
-        link, self._link = self._link, None
-        if link is not None:
-            link.post(ReleaseRequest(self.lease_id))
+        holder, self._holder = self._holder, None
+        if holder is None:
+            return
+        if self._owned:
+            holder.post(ReleaseRequest(self.lease_id))
+        else:
+            holder.attachment.loads.end(self.lease_id)
 
     def __enter__(self) -> Self:
         return self
@@ -88,6 +118,7 @@ class BaseReservation:
         """`link` was entered for this reservation, which leaves it when done."""
         self.reservation_id = grant.reservation
         self.codes = grant.codes
+        self._grant = grant
         self._places = grant.places
         self._holder = link if grant.reservation else None
         if link is not None and self._holder is None:
@@ -122,7 +153,7 @@ class BaseReservation:
 
 def nothing_held(ns: Namespace) -> Held:
     """What a lease of nothing holds."""
-    return Held(0, 0, no_places(ns.block_bytes))
+    return holds_nothing(ns.block_bytes)
 
 
 def nothing_granted(ns: Namespace, count: int) -> Grant:

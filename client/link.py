@@ -3,19 +3,39 @@
 It is thrown away whole at the first doubt (an end of file, a missed deadline, another boot id), and the next call
 makes a new one: nothing of a dead session can then be mistaken for a living one's. It is closed only when the
 last operation on it has ended, because closing tells the daemon that nobody writes to its slots any more.
+
+Threads that wait for notices take turns at the session socket: one watches it, for all, and the others wait to be
+told. The watcher holds no lock while it sleeps, so others map slabs and send releases meanwhile; what they find
+before their own answers they hand on, and an event descriptor wakes the watcher when that, or a fault, is for it.
 """
 
 from __future__ import annotations
 
+import os
 import select
 import threading
 import time
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from forebay.client.conversation import Conversation
 from forebay.client.copier import Copier
-from forebay.client.core import Action, Attachment, Copy, Exchange, Map, Steps, expect
+from forebay.client.core import (
+    Action,
+    Attachment,
+    Await,
+    Compute,
+    Copy,
+    CopyAhead,
+    Exchange,
+    Map,
+    Pause,
+    Steps,
+    expect,
+    undo,
+)
+from forebay.client.loads import Loads, Progress
 from forebay.client.options import ClientOptions
 from forebay.client.places import SlabMapping
 from forebay.kvstore.errors import (
@@ -34,17 +54,33 @@ from forebay.transports.zmq_sockets import ControlClient
 
 T = TypeVar("T")
 
+LINK_FDS = 24
+"""More descriptors than a link needs: a dozen, most of them libzmq's."""
+
 
 def attach(options: ClientOptions, wait_s: float) -> tuple[SessionClient, ControlClient]:
     """Greet the daemon within `wait_s`. Raises PeerLost, Timeout, Forbidden, or what the daemon refused with."""
     where = paths.find(options.runtime_dir)
     deadline = time.monotonic() + wait_s
+    _check_descriptors()
     session = SessionClient.connect(where.session, options.name, options.client_group, deadline=deadline)
     try:
         return session, ControlClient(where.control, message_bytes_max=session.welcome.max_message_bytes)
     except BaseException:
         session.close()
         raise
+
+
+def _check_descriptors() -> None:
+    """Raise PeerLost when the process has none to spare: libzmq would abort it."""
+    fds: list[int] = []
+    try:
+        fds.extend(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC) for _ in range(LINK_FDS))
+    except OSError as error:
+        raise PeerLost(f"no descriptors for a session: {error.strerror}") from error
+    finally:
+        for fd in fds:
+            os.close(fd)
 
 
 def map_slab(session: SessionClient, ns: int, slab: int, deadline: float) -> SlabMapping:
@@ -72,13 +108,18 @@ class Link:
         self._slice_s = options.budget_ms / 1000
         self._conversation = Conversation(welcome)
         self._arrived: dict[int, Reply | ForebayError] = {}
-        self._watch = select.epoll()  # unlike a poll object, any number of threads may ask it at once
-        self._watch.register(self._session.fileno(), select.EPOLLIN)
+        self._epoll = select.epoll()  # unlike a poll object, any number of threads may ask it at once
+        self._epoll.register(self._session.fileno(), select.EPOLLIN)
+        self._alarm = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._close_alarm = weakref.finalize(self, os.close, self._alarm)  # a bare number, and not all links are closed
+        self._watcher = 0
+        """The thread that watches the session socket, 0 for none; guarded by the lock of `attachment.loads.changed`."""
         self._exchanging = threading.Lock()
         self._mapping = threading.Lock()
         self._counting = threading.Lock()
         self._users = 0
         self._abandoned = False
+        self._closed = False
 
     # Life
 
@@ -90,28 +131,43 @@ class Link:
     def leave(self) -> None:
         with self._counting:
             self._users -= 1
-            closing = self._abandoned and self._users == 0
-        if closing:
-            self._close()
+        if self._abandoned:
+            self._close_if_unused()
 
     def abandon(self, fault: ForebayError) -> None:
         """No new operation may begin; sockets close when the last one under way has ended. Idempotent."""
-        self.fault = self.fault or fault
+        self._fail(fault)
         with self._counting:
-            closing = not self._abandoned and self._users == 0
             self._abandoned = True
-        if closing:
-            self._close()
+        self._close_if_unused()
 
     def disown(self) -> None:
         """In a forked child: the sockets and leases are the parent's; forget them without a word."""
         self.fault = PeerLost("this session belongs to the parent process")
         # The old ones may be held for ever by a thread that is not here.
         self._counting, self._exchanging, self._mapping = threading.Lock(), threading.Lock(), threading.Lock()
+        self.attachment.loads, self._watcher = Loads(), 0
         self._users = 1 << 30
 
-    def _close(self) -> None:
-        self._watch.close()
+    def _fail(self, fault: ForebayError) -> None:
+        """The session is of no use any more; the first reason counts. Ends every wait."""
+        self.fault = self.fault or fault
+        self._wake()
+
+    def _wake(self) -> None:
+        """Something changed for those who wait."""
+        with self.attachment.loads.changed:
+            self.attachment.loads.changed.notify_all()
+            if self._watcher not in (0, threading.get_ident()):
+                os.eventfd_write(self._alarm, 1)
+
+    def _close_if_unused(self) -> None:
+        with self._counting:
+            if self._closed or self._users or not self._abandoned:
+                return
+            self._closed = True
+        self._epoll.close()
+        self._close_alarm()
         self._control.close()
         self._session.close()
 
@@ -120,19 +176,41 @@ class Link:
     def notice(self) -> None:
         """Take what the daemon has told meanwhile, without waiting. Raises PeerLost at its end of file."""
         if self.fault is not None:
-            raise self.fault
-        if not self._watch.poll(0):
+            raise self.fault.with_traceback(None)  # or it would grow with each who asks
+        if self._epoll.poll(0):
+            self._take_notices(self._slice_s)
+
+    def _take_notices(self, wait_s: float) -> None:
+        """Hand on what the session socket has. Raises PeerLost at its end of file.
+
+        Nothing is done when another thread, which then reads for all, does not let go of the socket for `wait_s`.
+        """
+        if not self._mapping.acquire(blocking=False) and not self._mapping.acquire(timeout=wait_s):
             return
-        if not self._mapping.acquire(blocking=False):
-            return  # somebody is reading the session; the next call takes the notices
         try:
-            for retired in self._session.poll_events():
-                self.attachment.retire(retired.ns, retired.slab)
-        except PeerError as error:
-            self.fault = self.fault or error
-            raise
+            self._hand_on()
         finally:
             self._mapping.release()
+
+    def _hand_on(self) -> None:
+        """The caller holds `_mapping`."""
+        try:
+            while notices := self._session.poll_events():
+                for notice in notices:
+                    self.attachment.take(notice)
+                self._wake()
+        except PeerError as error:
+            self._fail(error)
+            raise
+
+    def progress(self, lease: int) -> Progress:
+        """How far a lease is that was not ready when it was granted; never waits. Raises what ended the session."""
+        self.enter()
+        try:
+            self.notice()
+            return self.attachment.loads.progress(lease)
+        finally:
+            self.leave()
 
     def drive(self, steps: Steps[T]) -> T:
         """Run an operation to its end on this thread."""
@@ -153,10 +231,60 @@ class Link:
         if isinstance(action, Exchange):
             return self._exchange(action.requests)
         if isinstance(action, Copy):
-            return (self._copier.gather if action.to_slots else self._copier.scatter)(action.plan)
+            return self._copy(action)
+        if isinstance(action, CopyAhead):
+            return self._copy_ahead(action)
         if isinstance(action, Map):
             return self._map(action)
+        if isinstance(action, Await):
+            return self._await(action)
+        if isinstance(action, Pause):
+            return self._watch(nothing_told, time.monotonic() + action.seconds)
+        if isinstance(action, Compute):
+            return action.call()
         return self.post(action.request)
+
+    def _await(self, action: Await) -> Progress:
+        loads, lease = self.attachment.loads, action.lease
+        wait_s = self._timeout_s if action.timeout_s is None else action.timeout_s
+        progress = self._watch(lambda: loads.news(lease, action.ready), time.monotonic() + wait_s)
+        return loads.progress(lease) if progress is None else progress
+
+    def _watch(self, news: Callable[[], T | None], deadline: float) -> T | None:
+        """Wait until notices make `news` say something; None when the deadline passes first.
+
+        Raises what ended the session, as soon as it has.
+        """
+        changed = self.attachment.loads.changed
+        while True:
+            with changed:
+                while (told := news()) is None and self.fault is None and self._watcher:
+                    if not changed.wait(deadline - time.monotonic()):
+                        return news()
+                if told is not None:
+                    return told
+                if self.fault is not None:
+                    raise self.fault
+                if time.monotonic() >= deadline:
+                    return None
+                self._watcher = threading.get_ident()
+            try:
+                self._look(deadline)
+            finally:
+                with changed:
+                    self._watcher = 0
+                    changed.notify_all()  # another one may watch
+
+    def _look(self, deadline: float) -> None:
+        """Sleep until the session socket has something, which is handed on, or the alarm rings."""
+        poller = select.poll()
+        poller.register(self._session.fileno(), select.POLLIN)
+        poller.register(self._alarm, select.POLLIN)
+        ready = dict(poller.poll(max(0.0, deadline - time.monotonic()) * 1000))
+        if self._alarm in ready:
+            os.eventfd_read(self._alarm)
+        if self._session.fileno() in ready:
+            self._take_notices(max(0.0, deadline - time.monotonic()))
 
     def post(self, request: Request) -> bool:
         """Send a request whose reply nobody needs; False, without a word, when the session is known to be over.
@@ -165,6 +293,8 @@ class Link:
         """
         self.enter()  # or it might be closed by another thread at any point below
         try:
+            if isinstance(request, ReleaseRequest) and self.attachment.loads.end(request.lease):
+                self._wake()
             self.notice()
             if isinstance(request, ReleaseRequest) and self._released(request.lease):
                 return True
@@ -179,7 +309,7 @@ class Link:
                 self._exchanging.release()
         except ForebayError as error:
             if not isinstance(request, ReleaseRequest):  # a lease ends by itself
-                self.fault = self.fault or error
+                self._fail(error)
             return False
         finally:
             self.leave()
@@ -199,28 +329,67 @@ class Link:
         return expect(self._exchange((request,))[0], REPLY_OF[type(request)])
 
     def _exchange(self, requests: Sequence[Request]) -> list[Reply | ForebayError]:
+        return self._in_turn(lambda deadline: self._answers(self._ask(requests, deadline), deadline))
+
+    def _copy_ahead(self, action: CopyAhead) -> tuple[Sequence[int], list[Reply | ForebayError]]:
+        numbers = self._in_turn(lambda deadline: self._ask(action.requests, deadline))
+        try:
+            failed = self._copy(action.copy)
+            return failed, self._in_turn(lambda deadline: self._answers(numbers, deadline))
+        except BaseException:
+            try:
+                self._in_turn(lambda _: self._renounce(numbers))
+            except ForebayError as error:
+                self._fail(error)  # what these replies grant then ends with the session
+            raise
+
+    def _copy(self, action: Copy) -> Sequence[int]:
+        return (self._copier.gather if action.to_slots else self._copier.scatter)(action.plan)
+
+    def _in_turn(self, work: Callable[[float], T]) -> T:
+        """Do something with the control socket, handing it the deadline; threads take turns."""
         if self.fault is not None:
             raise self.fault
         if not self._exchanging.acquire(blocking=False) and not self._exchanging.acquire(timeout=self._timeout_s):
             raise Timeout("other threads' requests were not answered")
-        deadline = time.monotonic() + self._timeout_s
         try:
             if self.fault is not None:
                 raise self.fault
-            encoded = [self._conversation.encode(request) for request in requests]
-            try:
-                for _, payload in encoded:
-                    if not self._control.send(payload):
-                        self._send(payload, deadline)
-                return [self._reply_to(number, deadline) for number, _ in encoded]
-            except (PeerError, UnknownSession) as error:
-                self.fault = self.fault or error
-                raise
-            except BaseException:  # a signal: replies that come later would have no taker
-                self.fault = self.fault or PeerLost("a call was interrupted")
-                raise
+            return work(time.monotonic() + self._timeout_s)
+        except (PeerError, UnknownSession) as error:
+            self._fail(error)
+            raise
+        except ForebayError:
+            raise
+        except BaseException:  # a signal: replies that come later would have no taker
+            self._fail(PeerLost("a call was interrupted"))
+            raise
         finally:
             self._exchanging.release()
+
+    def _ask(self, requests: Sequence[Request], deadline: float) -> list[int]:
+        """Send requests; returns their numbers."""
+        encoded = [self._conversation.encode(request) for request in requests]
+        for _, payload in encoded:
+            if not self._control.send(payload):
+                self._send(payload, deadline)
+        return [number for number, _ in encoded]
+
+    def _answers(self, numbers: Sequence[int], deadline: float) -> list[Reply | ForebayError]:
+        return [self._reply_to(number, deadline) for number in numbers]
+
+    def _renounce(self, numbers: Sequence[int]) -> None:
+        """Nobody will wait for these replies: what they grant is given back, now or when they come."""
+        for number in numbers:
+            arrived = self._arrived.pop(number, None)
+            if arrived is None:
+                self._conversation.abandon(number)
+            else:
+                self._give_back(undo(arrived))
+
+    def _give_back(self, request: Request | None) -> None:
+        if request is not None and not self._control.send(self._conversation.encode(request, expected=False)[1]):
+            raise PeerLost("a request could not be sent")
 
     def _send(self, payload: bytes, deadline: float) -> None:
         while not self._control.send(payload, min(deadline, time.monotonic() + self._slice_s)):
@@ -238,6 +407,7 @@ class Link:
                 continue
             reply = self._conversation.decode(payload)
             if reply is None:
+                self._give_back(self._conversation.undo(payload))
                 continue
             if isinstance(reply[1], UnknownNamespace):
                 self.attachment.handles.clear()
@@ -259,7 +429,21 @@ class Link:
             known = self.attachment.slabs.get((action.ns, action.slab))  # mapped by another thread meanwhile
             return known or map_slab(self._session, action.ns, action.slab, deadline)
         except PeerError as error:
-            self.fault = self.fault or error
+            self._fail(error)
             raise
         finally:
-            self._mapping.release()
+            try:
+                self._take_kept()
+            finally:
+                self._mapping.release()
+
+    def _take_kept(self) -> None:
+        """Notices that came before the answer to a map request do not show on the socket any more."""
+        try:
+            self._hand_on()
+        except PeerError:
+            return  # the fault is noted, and the next action raises it
+
+
+def nothing_told() -> None:
+    """What a thread that only lets time pass waits for."""

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, TypeAlias
 
 from forebay.client.copy_threads import THREADS_MAX, ParallelCopier, auto_threads
 from forebay.kvstore.errors import BadRequest
 from forebay.transports.packets import CLIENT_GROUP_BYTES_MAX, CLIENT_NAME_CHARS_MAX
+
+Verify: TypeAlias = Literal["off", "load"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,11 +23,16 @@ class ClientOptions:
         client_group: sessions of one engine that give the same 1 to 32 bytes may resolve each other's leases.
         strict: raise typed errors (for tools) instead of answering misses (for engines).
         budget_ms: the longest a call may wait to find out that no daemon is there.
-        timeout_ms: the longest a call waits for one answer of a daemon that is there.
+        timeout_ms: the longest a call waits for one answer of a daemon that is there, or for the next blocks of a
+            lease to be read into memory.
         copy_threads: how many threads share a large copy, the calling one among them; 0: one per core this process
             may use, at most 4.
         copy_cpus: cores for the helping threads, one each in turn; empty: any that the process may use. For engines
             that pin their own threads, and for kernels that pack threads on one core.
+        verify: ``load`` compares the checksum of each fetched block, where one is known, with the bytes that
+            arrived in the engine's memory; a fetch then reads what it wrote once more.
+        checksum_stores: send the checksum of each block stored; whoever verifies can then tell a bit that flipped.
+            A store then reads what it wrote once more.
     """
 
     runtime_dir: str | Path | None = None
@@ -35,6 +43,8 @@ class ClientOptions:
     timeout_ms: float = 1000.0
     copy_threads: int = 0
     copy_cpus: tuple[int, ...] = ()
+    verify: Verify = "off"
+    checksum_stores: bool = False
 
     def __post_init__(self) -> None:
         if len(self.name) > CLIENT_NAME_CHARS_MAX:
@@ -45,6 +55,8 @@ class ClientOptions:
             raise BadRequest("budget_ms must be positive and at most timeout_ms")
         if not 0 <= self.copy_threads <= THREADS_MAX:
             raise BadRequest(f"copy_threads must be from 0 to {THREADS_MAX}")
+        if self.verify not in ("off", "load"):
+            raise BadRequest("verify must be 'off' or 'load'")
 
     def copier(self) -> ParallelCopier:
         """What moves the bytes of a client with these options."""

@@ -100,6 +100,17 @@ class Places:
         """Runs of blocks in one slab, in order."""
         return zip(self.mappings, itertools.starmap(slice, itertools.pairwise(self.bounds)), strict=True)
 
+    def part(self, first: int, last: int) -> Places:
+        """The places of blocks `first` to `last - 1`."""
+        if (first, last) == (0, len(self)):
+            return self
+        runs = [(mapping, run) for mapping, run in self.runs() if run.start < last and run.stop > first]
+        mappings = tuple(mapping for mapping, _ in runs)
+        bounds = (0, *(min(run.stop, last) - first for _, run in runs))
+        inside = slice(first, last)
+        where = (self.indices[inside], self.generations[inside], self.addresses[inside])
+        return Places(mappings, bounds, *where, self.block_bytes)
+
     def verified(self) -> int:
         """Leading blocks whose slots still hold them; call it after the copy."""
         for mapping, run in self.runs():

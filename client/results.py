@@ -64,7 +64,8 @@ class FetchResult:
         blocks: leading blocks that are right; the engine computes the rest.
         bytes: bytes of those.
         reason: empty when all blocks asked were loaded, else why not: ``miss`` (not stored), ``stale`` (they were
-            given away during the copy), ``failed`` (the copy), or the snake-case name of an error.
+            given away during the copy), ``failed`` (the copy), ``corrupt`` (a checksum differs), ``timeout`` (the next
+            blocks were not read into memory in time), or the snake-case name of an error.
     """
 
     blocks: int = 0
@@ -124,12 +125,22 @@ class PrefetchResult:
 
 
 @dataclass(frozen=True, slots=True)
+class PersistResult:
+    """Leading blocks on storage that outlives the daemon, and how many more were being written or waited for that."""
+
+    durable: int = 0
+    pending: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class ClientStats:
     """Totals of one client since it was made; `breaker` and `attached` are as of now.
 
     Attributes:
-        calls: operations begun; unavailable: of those, the ones that no daemon answered.
+        calls: operations begun; unavailable: of those, the ones that no daemon answered, or not in time.
         attachments: sessions opened; more than one means that the daemon was restarted or lost.
+        stale_fetches: fetches that ended at a block given away meanwhile; corrupt_fetches: at one whose bytes were
+            not those of its checksum.
         errors: name of the error, as in a result's `reason` -> how often it became a miss.
     """
 
@@ -141,6 +152,7 @@ class ClientStats:
     stored_blocks: int = 0
     stored_bytes: int = 0
     stale_fetches: int = 0
+    corrupt_fetches: int = 0
     errors: dict[str, int] = field(default_factory=dict)
     breaker: str = "closed"
     attached: bool = False

@@ -21,15 +21,16 @@ from forebay.client import core
 from forebay.client.breaker import Breaker
 from forebay.client.copier import Copier
 from forebay.client.counters import Counters
-from forebay.client.grants import BaseReservation, Lease, nothing_granted, nothing_held
+from forebay.client.grants import BaseLease, BaseReservation, nothing_granted, nothing_held
 from forebay.client.link import Link
 from forebay.client.namespaces import Namespace
-from forebay.client.options import ClientOptions
+from forebay.client.options import ClientOptions, Verify
 from forebay.client.results import (
     BlockOutcome,
     ClientStats,
     FetchResult,
     LookupResult,
+    PersistResult,
     PrefetchResult,
     RemovalResult,
     StoreResult,
@@ -90,12 +91,23 @@ class Client:
         timeout_ms: float = 1000.0,
         copy_threads: int = 0,
         copy_cpus: Sequence[int] = (),
+        verify: Verify = "off",
+        checksum_stores: bool = False,
         copier: Copier | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Does not connect yet. For the options see `ClientOptions`; `copier` and `clock` are for tests."""
         self.options = ClientOptions(
-            runtime_dir, name, client_group, strict, budget_ms, timeout_ms, copy_threads, tuple(copy_cpus)
+            runtime_dir,
+            name,
+            client_group,
+            strict,
+            budget_ms,
+            timeout_ms,
+            copy_threads,
+            tuple(copy_cpus),
+            verify,
+            checksum_stores,
         )
         self._copier = copier or self.options.copier()
         self._breaker = Breaker(clock)
@@ -140,12 +152,12 @@ class Client:
         """
         ns.check_hashes(hashes)
         tried = self._try(lambda attachment: core.acquire(attachment, ns, hashes, ttl_ms))
-        return Lease(tried.value or nothing_held(ns), tried.link, owned=True)
+        return Lease(tried.value or nothing_held(ns), tried.link, self, owned=True)
 
     def resolve(self, ns: Namespace, lease: int) -> Lease:
         """This shard's blocks of a lease that another session of the client group holds; not released here."""
         tried = self._try(lambda attachment: core.resolve(attachment, ns, lease))
-        return Lease(tried.value or nothing_held(ns), tried.link, owned=False)
+        return Lease(tried.value or nothing_held(ns), tried.link, self, owned=False)
 
     def fetch(
         self,
@@ -163,11 +175,12 @@ class Client:
             block_ids: where in it each block goes; None: 0, 1, 2, ...
         Raises:
             LayoutError, BadRequest: the memory, the ids or the hashes do not fit the namespace.
-        Blocking: one round trip and the copy.
+        Blocking: one round trip and the copy; blocks of slower tiers are copied as they are read into memory, and the
+        fetch ends when none has come for `timeout_ms`.
         """
         work = core.transfer(ns, hashes, destination, block_ids, writable=True)
-        strict = self.options.strict
-        tried = self._try(lambda attachment: core.fetch(attachment, work, ttl_ms, strict=strict))
+        strict, verify = self.options.strict, self.options.verify == "load"
+        tried = self._try(lambda attachment: core.fetch(attachment, work, ttl_ms, strict=strict, verify=verify))
         if tried.value is None:
             return FetchResult(reason=reason_of(tried.error or PeerLost()))
         self._counters.fetched(tried.value)
@@ -207,8 +220,8 @@ class Client:
         Blocking: a round trip and the copy per batch of at most 256 MiB or 256 blocks, and one more.
         """
         work = core.transfer(ns, hashes, source, block_ids, writable=False)
-        strict = self.options.strict
-        tried = self._try(lambda attachment: core.store(attachment, work, parent, strict=strict))
+        strict, sums = self.options.strict, self.options.checksum_stores
+        tried = self._try(lambda attachment: core.store(attachment, work, parent, strict=strict, with_checksums=sums))
         if tried.value is None:
             reason = reason_of(tried.error or PeerLost())
             return StoreResult.nothing(len(hashes), BlockOutcome.UNAVAILABLE, reason)
@@ -221,6 +234,16 @@ class Client:
         """Keep the leading blocks until unpinned; returns how many. Strict: QuotaExceeded beyond the quota."""
         ns.check_hashes(hashes)
         return self._run(lambda attachment: core.pin(attachment, ns, hashes), 0)
+
+    def persist(self, ns: Namespace, hashes: Sequence[bytes], timeout_ms: float | None = None) -> PersistResult:
+        """Have the leading blocks written to storage that outlives the daemon, and wait until they are.
+
+        Asks again, at growing intervals, for `timeout_ms` (None: the client's; 0: asks once) and then tells how many
+        are durable and how many were still being written; those go on being written.
+        """
+        ns.check_hashes(hashes)
+        wait_s = (self.options.timeout_ms if timeout_ms is None else timeout_ms) / 1000
+        return self._run(lambda attachment: core.persist(attachment, ns, hashes, wait_s), PersistResult())
 
     def unpin(self, ns: Namespace, hashes: Sequence[bytes]) -> int:
         """Returns how many pins ended."""
@@ -326,16 +349,19 @@ class Client:
                 raise
             return _Tried(None, None, error)
 
-    def _commit(self, link: Link, reservation: int, failed: Sequence[int]) -> int:
+    def _drive(self, link: Link, steps: core.Steps[T], miss: T) -> T:
+        """Go on with a grant, over the link it came by."""
+        link.enter()
         try:
-            return link.drive(core.commit(link.attachment, reservation, failed))
+            return link.drive(steps)
         except ForebayError as error:
             self._counters.failed(error)
             if self.options.strict:
                 raise
-            return 0
+            return miss
         finally:
             self._settle(link)
+            link.leave()
 
     def _attached(self) -> Link:
         """A living link, entered: the one there is, or a new one if the breaker lets us try."""
@@ -405,6 +431,32 @@ class Client:
             _inherited.append(link)
 
 
+class Lease(BaseLease):
+    """A lease of the blocking client."""
+
+    def __init__(self, held: core.Held, link: Link | None, client: Client, *, owned: bool) -> None:
+        super().__init__(held, link, owned=owned)
+        self._link = link
+        self._client = client
+
+    def wait(self, blocks: int | None = None, timeout_ms: float | None = None) -> int:
+        """Wait until `blocks` leading blocks (None: all) may be read; returns how many may.
+
+        Fewer when the others will not come, or not within `timeout_ms` (None: the client's), and 0 when the daemon
+        died; strict: the error.
+        """
+        wanted = len(self) if blocks is None else min(blocks, len(self))
+        if self.ready() >= wanted or self._progress.ended or self._link is None or self._holder is None:
+            return self._readable()
+        wait_s = None if timeout_ms is None else timeout_ms / 1000
+        steps = core.more_ready(self.lease_id, wanted - 1, wait_s)
+        told = self._client._drive(self._link, steps, None)
+        if told is None:
+            return 0
+        self._progress = self._progress.merged(told)
+        return self._readable()
+
+
 class Reservation(BaseReservation):
     """A reservation of the blocking client."""
 
@@ -422,7 +474,8 @@ class Reservation(BaseReservation):
         if holder is None or self._link is None:
             return 0
         try:
-            return self._client._commit(self._link, self.reservation_id, failed)
+            steps = core.commit(self._grant, failed, with_checksums=self._client.options.checksum_stores)
+            return self._client._drive(self._link, steps, 0)
         finally:
             holder.leave()
 

@@ -51,6 +51,7 @@ class Verbs:
             m.StatusRequest: self._status_document,
             m.CheckRequest: self._check,
             m.ClearRequest: self._clear,
+            m.PersistRequest: self._persist,
         }
 
     def answer(self, session_id: int, request: m.Request, now: float) -> m.Reply:
@@ -81,10 +82,10 @@ class Verbs:
         hashes = self._hashes(session_id, request.ns, request.blob)
         ttl_s = request.ttl_ms / 1000 or self.lease_ttl_s
         acquired = self.store.acquire(session_id, request.ns, hashes, ttl_s, now)
-        return m.AcquireReply(acquired.lease_id, *_blobs(acquired))
+        return m.AcquireReply(acquired.lease_id, *_readable(acquired))
 
     def _resolve(self, session_id: int, request: m.ResolveRequest, now: float) -> m.ResolveReply:
-        return m.ResolveReply(*_blobs(self.store.resolve(session_id, request.ns, request.lease)))
+        return m.ResolveReply(*_readable(self.store.resolve(session_id, request.ns, request.lease)))
 
     def _release(self, session_id: int, request: m.ReleaseRequest, now: float) -> m.ReleaseReply:
         self.store.release(session_id, request.lease)
@@ -146,6 +147,10 @@ class Verbs:
         done = self.store.clear(session_id, dry_run=request.dry_run)
         return m.ClearReply(done.removed, done.kept)
 
+    def _persist(self, session_id: int, request: m.PersistRequest, now: float) -> m.PersistReply:
+        self._hashes(session_id, request.ns, request.blob)
+        return m.PersistReply(0, 0)  # memory is the only tier
+
 
 def _geometry(shard: Shard) -> tuple[int, bytes, int, int, int, int, int]:
     """The fields of a namespace reply, in the wire's order."""
@@ -161,5 +166,6 @@ def _geometry(shard: Shard) -> tuple[int, bytes, int, int, int, int, int]:
     )
 
 
-def _blobs(acquired: Acquired) -> tuple[bytes, bytes]:
-    return acquired.slots.tobytes(), acquired.generations.tobytes()
+def _readable(acquired: Acquired) -> tuple[bytes, bytes, int, bytes]:
+    """Slots, generations, how many are ready, checksums: all blocks are in memory, and no checksums are kept."""
+    return acquired.slots.tobytes(), acquired.generations.tobytes(), len(acquired.slots), b""

@@ -19,7 +19,7 @@ from forebay.kvstore.errors import BadRequest
 from forebay.kvstore.namespace import NamespaceSpec
 from forebay.kvstore.outcome import Scope
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 MESSAGE_BYTES_MAX = 4 << 20
 HASHES_MAX = 1 << 16
@@ -67,6 +67,7 @@ class Verb(IntEnum):
     STATUS = 17
     CHECK = 18
     CLEAR = 19
+    PERSIST = 20
 
 
 EvictScope = Scope
@@ -239,22 +240,17 @@ class _RemovalReply(Reply):
         check_int("kept", self.kept, 0, U63_MAX)
 
 
-@dataclass(frozen=True, slots=True)
-class _SlotsReply(Reply):
-    """Slots and their generations, one u64 each per block, in the order asked."""
-
-    slots: bytes
-    generations: bytes
-
-    def check(self) -> None:
-        _check_slots(self.slots, self.generations)
-
-
 def _check_slots(slots: object, generations: object) -> None:
     check_bytes("slots", slots, _U64_BLOB_BYTES_MAX, 8)
     check_bytes("generations", generations, _U64_BLOB_BYTES_MAX, 8)
     if len(slots) != len(generations):  # type: ignore[arg-type]  # both were just checked to be bytes
         raise BadRequest("slots and generations differ in number")
+
+
+def _check_readable(slots: bytes, ready: object, checksums: object) -> None:
+    """How many of the slots may be read now, and a checksum for each or none at all; the slots were checked."""
+    check_int("ready", ready, 0, len(slots) // 8)
+    check_exact("checksums", checksums, *{0, len(slots)})
 
 
 @dataclass(frozen=True, slots=True)
@@ -374,15 +370,22 @@ class AcquireRequest(Request):
 
 @dataclass(frozen=True, slots=True)
 class AcquireReply(Reply):
-    """The lease (0: nothing to lease) and the slots of its blocks."""
+    """The lease (0: nothing to lease) and the slots of its blocks.
+
+    The leading `ready` blocks may be copied now, the others are being read into their slots: session packets tell
+    when they are there. `checksums` has one u64 per slot, 0 where none is known, or is empty when none is at all.
+    """
 
     lease: int
     slots: bytes
     generations: bytes
+    ready: int
+    checksums: bytes
 
     def check(self) -> None:
         check_int("lease", self.lease, 0, U63_MAX)
         _check_slots(self.slots, self.generations)
+        _check_readable(self.slots, self.ready, self.checksums)
 
 
 @dataclass(frozen=True, slots=True)
@@ -399,8 +402,17 @@ class ResolveRequest(Request):
 
 
 @dataclass(frozen=True, slots=True)
-class ResolveReply(_SlotsReply):
-    pass
+class ResolveReply(Reply):
+    """The slots of the lease's blocks in the shard asked for; fields as in AcquireReply."""
+
+    slots: bytes
+    generations: bytes
+    ready: int
+    checksums: bytes
+
+    def check(self) -> None:
+        _check_slots(self.slots, self.generations)
+        _check_readable(self.slots, self.ready, self.checksums)
 
 
 @dataclass(frozen=True, slots=True)
@@ -449,15 +461,20 @@ class ReserveReply(Reply):
 
 @dataclass(frozen=True, slots=True)
 class CommitRequest(Request):
-    """Publish what was written; `failed` are u32 positions in the list of slots to write, to be given back."""
+    """Publish what was written; `failed` are u32 positions in the list of slots to write, to be given back.
+
+    `checksums` has one u64 per slot to write, 0 where it failed, or is empty when the client computes none.
+    """
 
     verb = Verb.COMMIT
     reservation: int
     failed: bytes = b""
+    checksums: bytes = b""
 
     def check(self) -> None:
         check_int("reservation", self.reservation, 1, U63_MAX)
         check_bytes("failed", self.failed, _U32_BLOB_BYTES_MAX, 4)
+        check_bytes("checksums", self.checksums, _U64_BLOB_BYTES_MAX, 8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -605,6 +622,25 @@ class ClearReply(_RemovalReply):
     pass
 
 
+@dataclass(frozen=True, slots=True)
+class PersistRequest(_BlobRequest):
+    """Bring the leading blocks to storage that outlives the daemon; answered at once, so callers ask again."""
+
+    verb = Verb.PERSIST
+
+
+@dataclass(frozen=True, slots=True)
+class PersistReply(Reply):
+    """Leading blocks that are on durable storage now, and how many more are being written or wait for their turn."""
+
+    durable: int
+    pending: int
+
+    def check(self) -> None:
+        check_int("durable", self.durable, 0, HASHES_MAX)
+        check_int("pending", self.pending, 0, HASHES_MAX)
+
+
 REQUESTS: dict[Verb, type[Request]] = {
     request.verb: request
     for request in (
@@ -627,6 +663,7 @@ REQUESTS: dict[Verb, type[Request]] = {
         StatusRequest,
         CheckRequest,
         ClearRequest,
+        PersistRequest,
     )
 }
 
@@ -650,6 +687,7 @@ REPLIES: dict[Verb, type[Reply]] = {
     Verb.STATUS: StatusReply,
     Verb.CHECK: CheckReply,
     Verb.CLEAR: ClearReply,
+    Verb.PERSIST: PersistReply,
 }
 
 REPLY_OF: dict[type[Request], type[Reply]] = {REQUESTS[verb]: reply for verb, reply in REPLIES.items()}

@@ -1,8 +1,9 @@
 """What travels on the session socket: one frozen record per packet, with its bounds.
 
 The session socket carries little and rarely: a greeting, slabs to map (their file descriptors ride beside the
-packet), and notices that a slab was taken back. The packet's kind is a word, not a number, so that a trace
-reads by itself; speed does not matter here.
+packet), and notices: a slab was taken back, more blocks of a lease have been read. The packet's kind is a word,
+not a number, so that a trace reads by itself; speed does not matter here. No packet carries a list, so each is
+small whatever it tells of.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import ClassVar
 
 from forebay.transports.messages import (
     BOOT_ID_BYTES,
+    HASHES_MAX,
     TEXT_CHARS_MAX,
     TOKEN_BYTES,
     U31_MAX,
@@ -133,6 +135,25 @@ class Retired(Packet):
 
 
 @dataclass(frozen=True, slots=True)
+class Ready(Packet):
+    """A notice (packet id 0): how far a lease's blocks have been read into their slots.
+
+    The leading `ready` blocks may be copied; blocks from `total` on will not come, because their load failed. It is
+    the last notice of its lease when the two are equal.
+    """
+
+    kind = "ready"
+    lease: int
+    ready: int
+    total: int
+
+    def check(self) -> None:
+        check_int("lease", self.lease, 1, U63_MAX)
+        check_int("total", self.total, 0, HASHES_MAX)
+        check_int("ready", self.ready, 0, self.total)
+
+
+@dataclass(frozen=True, slots=True)
 class Refusal(Packet):
     """An error with its stable code."""
 
@@ -146,5 +167,5 @@ class Refusal(Packet):
 
 
 PACKETS: dict[str, type[Packet]] = {
-    packet.kind: packet for packet in (Hello, Welcome, MapSlab, SlabMap, Release, Retired, Refusal)
+    packet.kind: packet for packet in (Hello, Welcome, MapSlab, SlabMap, Release, Retired, Ready, Refusal)
 }

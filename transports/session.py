@@ -20,6 +20,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 from forebay.kvstore.errors import (
     BadRequest,
@@ -41,6 +42,7 @@ from forebay.transports.packets import (
     Hello,
     MapSlab,
     Packet,
+    Ready,
     Refusal,
     Release,
     Retired,
@@ -244,7 +246,7 @@ class SessionPeer:
     def send(self, packet_id: int, packet: Packet, fds: Sequence[int] = ()) -> None:
         """Send, or keep for `flush`, a packet and duplicates of `fds`; the caller keeps its own descriptors.
 
-        Raises PeerLost when the client is gone and Busy when too much waits for it.
+        Raises PeerLost when the client is gone and Busy when too much waits for it, in packets or in descriptors.
         """
         payload = encode_packet(packet_id, packet)
         if not self._outbox and self._try_send(payload, fds):
@@ -287,13 +289,19 @@ class SessionPeer:
         except (BlockingIOError, InterruptedError):
             return False
         except OSError as error:
-            if error.errno in (errno.ENOBUFS, errno.ETOOMANYREFS):
+            if error.errno == errno.ENOBUFS:
                 return False
+            if error.errno == errno.ETOOMANYREFS:  # the socket is writable all the while: waiting would be a spin
+                raise Busy(f"process {self.pid} leaves too many descriptors unread") from error
             raise PeerLost(f"session of process {self.pid}: {error.strerror}") from error
         return True
 
 
 # --- the client's side --------------------------------------------------------------------------------------
+
+
+Notice: TypeAlias = Retired | Ready
+"""What the daemon tells without being asked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -318,7 +326,7 @@ class SessionClient:
     def __init__(self, connection: socket.socket) -> None:
         """Wrap a connected socket that has not greeted; use `connect`."""
         self._socket = connection
-        self._retired: list[Retired] = []
+        self._notices: list[Notice] = []
         self._next_id = 2
         self._lost = False
         self.welcome = Welcome(0, bytes(TOKEN_BYTES), bytes(16), 1, 1)
@@ -385,8 +393,11 @@ class SessionClient:
             return False
         return True
 
-    def poll_events(self) -> list[Retired]:
-        """Notices that came since the last call; never waits. Raises PeerLost once, then after every notice."""
+    def poll_events(self) -> list[Notice]:
+        """Notices that came since the last call, in order; never waits. Raises PeerLost only after the last of them.
+
+        `fileno` does not tell of those that came while `map_slab` waited: call this after it, too.
+        """
         while not self._lost:
             try:
                 _, packet, fds = self._receive(None)
@@ -397,10 +408,10 @@ class SessionClient:
             else:
                 _close_all(fds)
                 self._keep(packet)
-        if self._lost and not self._retired:
+        if self._lost and not self._notices:
             raise PeerLost("the daemon ended the session")
-        retired, self._retired = self._retired, []
-        return retired
+        notices, self._notices = self._notices, []
+        return notices
 
     def close(self) -> None:
         """End the session; idempotent."""
@@ -425,8 +436,8 @@ class SessionClient:
         self.welcome = packet
 
     def _keep(self, packet: Packet) -> None:
-        if isinstance(packet, Retired):
-            self._retired.append(packet)  # anything else answers a request that ran out of time
+        if isinstance(packet, Notice):
+            self._notices.append(packet)  # anything else answers a request that ran out of time
 
     def _send(self, payload: bytes, deadline: float) -> None:
         try:
@@ -450,9 +461,9 @@ class SessionClient:
             raise Timeout("no answer on the session socket") from None
         except OSError as error:
             raise PeerLost(f"session: {error.strerror}") from error
-        except ForebayError:
+        except BadRequest as error:
             _close_all(fds)
-            raise
+            raise PeerLost(f"an unreadable packet: {error}") from error
 
     def _receive_once(self) -> tuple[bytes, list[int]]:
         try:

@@ -30,6 +30,7 @@ class SlowCopier(NumpyCopier):
     """Copies only after it was told to; says when it has begun."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.begun, self.may_end = threading.Event(), threading.Event()
         self.may_end.set()
         self.ended = 0
@@ -182,3 +183,78 @@ async def test_a_cancelled_first_call_leaves_the_attaching_to_the_others(client:
     first.cancel()
     assert await second
     assert client.stats().attachments == 1
+
+
+@pytest.mark.asyncio
+async def test_many_tasks_wait_for_their_own_loads(client: AsyncClient, fake: FakeDaemon) -> None:
+    ns = await client.open_namespace(SPEC)
+    for seed in range(10):
+        await client.store(ns, chain(seed), payload(seed))
+    fake.ready_max = 2
+    targets = [np.zeros((6, 4096), np.uint8) for _ in range(10)]
+    tasks = [asyncio.create_task(client.fetch(ns, chain(seed), target)) for seed, target in enumerate(targets)]
+    async with asyncio.timeout(10):
+        while len(leases := await in_thread(fake.loading)) < 10:
+            pass
+        assert await client.ping()
+        for lease in reversed(leases):
+            await in_thread(lambda lease=lease: fake.land(6, lease=lease))
+        assert await asyncio.gather(*tasks) == [FetchResult(6, 6 * 4096, "")] * 10
+    assert all(np.array_equal(target, payload(seed)) for seed, target in enumerate(targets))
+    assert len(client._link.attachment.loads) == 0
+
+
+@pytest.mark.asyncio
+async def test_a_fetch_cancelled_while_it_waits_gives_back_its_lease(client: AsyncClient, fake: FakeDaemon) -> None:
+    ns = await client.open_namespace(SPEC)
+    await client.store(ns, chain(1), payload(1))
+    fake.ready_max = 2
+    task = asyncio.create_task(client.fetch(ns, chain(1), np.zeros((6, 4096), np.uint8)))
+    async with asyncio.timeout(10):
+        while not len(client._link.attachment.loads):
+            await in_thread(lambda: None)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert await nothing_held(fake)
+    assert await client.ping()
+    assert client.stats().attachments == 1
+
+
+@pytest.mark.asyncio
+async def test_a_call_cancelled_when_its_reply_was_just_taken_gives_back_its_lease(
+    client: AsyncClient, fake: FakeDaemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ns = await client.open_namespace(SPEC)
+    await client.store(ns, chain(1), payload(1))
+    link = client._link
+    take = link._take
+
+    def take_and_cancel(message: bytes) -> None:
+        take(message)
+        task.cancel()
+
+    monkeypatch.setattr(link, "_take", take_and_cancel)
+    await in_thread(fake.run, lambda: setattr(fake, "hanging", True))
+    task = asyncio.create_task(client.acquire(ns, chain(1)))
+    while not link._waiting:
+        await in_thread(lambda: None)
+    await in_thread(fake.run, lambda: setattr(fake, "hanging", False))
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    monkeypatch.undo()
+    assert await nothing_held(fake)
+    assert client.stats().attachments == 1
+
+
+@pytest.mark.asyncio
+async def test_notices_that_come_before_a_slab_reach_who_waits(client: AsyncClient, fake: FakeDaemon) -> None:
+    ns = await client.open_namespace(SPEC)
+    await client.store(ns, chain(1), payload(1))
+    fake.ready_max = 2
+    for turn in range(5):
+        with await client.acquire(ns, chain(1)) as lease:
+            waiting = asyncio.create_task(lease.wait())
+            await in_thread(fake.run, lambda: setattr(fake, "before_map", lambda: fake._land(6)))
+            assert (await client.store(ns, chain(2 + turn), payload(2))).committed == 6
+            assert await waiting == 6

@@ -8,7 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from forebay.client import BlockOutcome, EvictScope, FetchResult, NamespaceSpec, PrefixHasher, SegmentTable
+from forebay.client import (
+    BlockOutcome,
+    EvictScope,
+    FetchResult,
+    NamespaceSpec,
+    PersistResult,
+    PrefixHasher,
+    SegmentTable,
+)
 from forebay.client.copier import CopyPlan, NumpyCopier
 from forebay.kvstore.errors import (
     BadRequest,
@@ -20,10 +28,10 @@ from forebay.kvstore.errors import (
     Timeout,
     UnknownNamespace,
 )
-from forebay.transports.messages import Verb
+from forebay.transports.messages import PersistReply, Verb
 from support.fake_daemon import SLOTS_PER_SLAB, FakeDaemon
 from support.live import LiveDaemon, eventually
-from support.shells import AsyncShell, SyncShell, commit
+from support.shells import AsyncShell, SyncShell, commit, wait
 
 SPEC = NamespaceSpec(model="m", revision="1", dtype="uint8", block_tokens=4, segment_bytes=(3000, 3000))
 BLOCKS = 10
@@ -87,6 +95,7 @@ class TamperingCopier(NumpyCopier):
     """Copies, and does something to the daemon before the copy ends; fails the positions in `failing`."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.meanwhile: Callable[[], object] = lambda: None
         self.failing: Sequence[int] = ()
         self.copies = 0
@@ -308,6 +317,40 @@ def test_a_failed_copy_ends_the_leading_run(make_shell: MakeShell, fake: FakeDae
     eventually(lambda: fake.held() == (0, 0), "nothing is held any more")
 
 
+@pytest.mark.parametrize("blocks_in_batch", [1, 3])
+def test_a_store_in_batches_is_the_same_store(
+    make_shell: MakeShell, daemon: Any, monkeypatch: pytest.MonkeyPatch, blocks_in_batch: int
+) -> None:
+    """Each batch is reserved while the one before is copied."""
+    monkeypatch.setattr("forebay.client.core.BATCH_BLOCKS", blocks_in_batch)
+    shell, source, target = make_shell(daemon, strict=True), paged(), paged(seed=None)
+    ns = shell.open_namespace(SPEC)
+    shell.store(ns, chain()[:4], table(source[:, :4].copy()))
+    stored = shell.store(ns, chain(), table(source))
+    assert (stored.present, stored.committed, stored.rejected) == (4, BLOCKS - 4, 0)
+    assert shell.fetch(ns, chain(), table(target)).blocks == BLOCKS
+    assert np.array_equal(source, target)
+
+
+def test_what_was_reserved_ahead_of_a_copy_that_raises_is_given_back(
+    make_shell: MakeShell, fake: FakeDaemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("forebay.client.core.BATCH_BLOCKS", 3)
+    copier = TamperingCopier()
+    shell = make_shell(fake, copier=copier)
+    ns = shell.open_namespace(SPEC)
+
+    def fail() -> None:
+        raise MemoryError("no more")
+
+    copier.meanwhile = fail
+    with pytest.raises(MemoryError):
+        shell.store(ns, chain(), table(paged()))
+    copier.meanwhile = lambda: None
+    assert shell.ping()  # the reply to the reserve has come by now
+    eventually(lambda: fake.held() == (0, 0), "nothing is held any more")
+
+
 def test_a_block_whose_copy_failed_is_given_back_with_what_follows(make_shell: MakeShell, fake: FakeDaemon) -> None:
     copier = TamperingCopier()
     shell = make_shell(fake, copier=copier)
@@ -429,6 +472,216 @@ def test_slabs_mapped_read_only_take_no_stores(make_shell: MakeShell, fake: Fake
     eventually(lambda: fake.run(lambda: fake.namespace().writing) == {}, "no slot is being written")
 
 
+# --- blocks that are still being read into memory ---------------------------------------------------------------
+
+
+def held_back(make_shell: MakeShell, fake: FakeDaemon, ready: int, **options: Any) -> Any:
+    """A shell, its namespace, and a daemon that has all blocks stored but only some in memory."""
+    shell = make_shell(fake, **options)
+    ns = shell.open_namespace(SPEC)
+    assert shell.store(ns, chain(), table(paged())).committed == BLOCKS
+    fake.ready_max = ready
+    return shell, ns
+
+
+def test_the_first_blocks_are_copied_before_the_others_are_read(make_shell: MakeShell, fake: FakeDaemon) -> None:
+    """What follows is read only once the copy of what went before has been made, so each copy must be of a part."""
+    copier, target = TamperingCopier(), paged(seed=None)
+    shell, ns = held_back(make_shell, fake, 4, strict=True, copier=copier)
+    steps = iter([(7, None), (BLOCKS, None)])
+    copied: list[int] = []
+
+    def meanwhile() -> None:
+        copied.append(int(target[0, :, 0].astype(bool).sum()))
+        step = next(steps, None)
+        if step is not None:
+            fake.land(*step)
+
+    copier.meanwhile = meanwhile
+    assert shell.fetch(ns, chain(), table(target)) == FetchResult(BLOCKS, BLOCKS * 6000, "")
+    assert copied == [4, 7, BLOCKS]
+    assert np.array_equal(target, paged())
+    eventually(lambda: fake.held() == (0, 0), "nothing is held any more")
+
+
+def test_a_notice_may_come_before_the_reply(make_shell: MakeShell, fake: FakeDaemon) -> None:
+    shell, ns = held_back(make_shell, fake, 4, strict=True)
+    fake.early, target = (BLOCKS, BLOCKS), paged(seed=None)
+    for _ in range(10):
+        target[:] = 0
+        assert shell.fetch(ns, chain(), table(target)).blocks == BLOCKS
+        assert np.array_equal(target, paged())
+
+
+def test_blocks_whose_load_failed_are_a_miss(make_shell: MakeShell, fake: FakeDaemon) -> None:
+    copier, target = TamperingCopier(), paged(seed=None)
+    shell, ns = held_back(make_shell, fake, 4, copier=copier)
+    steps = iter([(4, 6), (6, 6)])
+    copier.meanwhile = lambda: [fake.land(*step) for step in steps]
+    assert shell.fetch(ns, chain(), table(target)) == FetchResult(6, 6 * 6000, "miss")
+    assert np.array_equal(target[:, :6], paged()[:, :6])
+    fake.early = (0, 0)
+    fake.ready_max = 0
+    assert shell.fetch(ns, chain(), table(target)) == FetchResult(0, 0, "miss")
+    eventually(lambda: fake.held() == (0, 0), "nothing is held any more")
+
+
+def test_a_load_that_stalls_ends_the_fetch_with_what_was_verified(make_shell: MakeShell, fake: FakeDaemon) -> None:
+    """A slow disk is no hung daemon: the session goes on, and the lease is given back."""
+    target = paged(seed=None)
+    shell, ns = held_back(make_shell, fake, 4, strict=True, timeout_ms=150.0)
+    assert shell.fetch(ns, chain(), table(target)) == FetchResult(4, 4 * 6000, "timeout")
+    assert np.array_equal(target[:, :4], paged()[:, :4])
+    eventually(lambda: fake.held() == (0, 0), "nothing is held any more")
+    assert fake.loading() == []
+    stats = shell.stats()
+    assert (stats.breaker, stats.attachments, stats.attached, stats.errors["timeout"]) == ("closed", 1, True, 1)
+    fake.ready_max = BLOCKS
+    assert shell.lookup(ns, chain()).blocks == BLOCKS
+
+
+def test_a_daemon_that_dies_during_a_load_ends_the_fetch_at_once(make_shell: MakeShell, fake: FakeDaemon) -> None:
+    copier = TamperingCopier()
+    shell, ns = held_back(make_shell, fake, 4, timeout_ms=60_000.0, copier=copier)
+
+    def die() -> None:
+        copier.meanwhile = lambda: None
+        fake.land(5)
+        fake.restart()
+
+    copier.meanwhile = die
+    assert shell.fetch(ns, chain(), table(paged(seed=None))) == FetchResult(0, 0, "peer_lost")
+    fake.ready_max = BLOCKS
+    assert shell.store(ns, chain(), table(paged())).committed == BLOCKS
+
+
+def test_a_generation_that_moves_during_a_load_is_stale(make_shell: MakeShell, fake: FakeDaemon) -> None:
+    copier = TamperingCopier()
+    shell, ns = held_back(make_shell, fake, 4, copier=copier)
+
+    def reuse() -> None:
+        copier.meanwhile = lambda: None
+        fake.run(lambda: fake.namespace().bump(5))
+        fake.land(BLOCKS)
+
+    copier.meanwhile = reuse
+    assert shell.fetch(ns, chain(), table(paged(seed=None))) == FetchResult(5, 5 * 6000, "stale")
+    eventually(lambda: fake.held() == (0, 0), "nothing is held any more")
+
+
+def test_a_lease_tells_how_much_of_it_may_be_read(make_shell: MakeShell, fake: FakeDaemon) -> None:
+    shell, ns = held_back(make_shell, fake, 4, strict=True)
+    with shell.acquire(ns, chain()) as lease:
+        assert (len(lease), lease.ready(), lease.valid()) == (BLOCKS, 4, 4)
+        assert wait(shell, lease, 4) == 4
+        assert wait(shell, lease, 5, 20.0) == 4
+        fake.land(6)
+        assert wait(shell, lease, 5) == 6
+        assert lease.valid() == 6
+        fake.land(8)
+        eventually(lambda: lease.ready() == 8, "the notice is taken without waiting")
+        fake.land(9, 9)
+        assert wait(shell, lease) == 9
+        assert wait(shell, lease, BLOCKS) == 9
+        views = lease.views()
+        assert [bytes(views[block]) for block in range(9)] == [paged()[:, block].tobytes() for block in range(9)]
+    assert (lease.ready(), wait(shell, lease)) == (9, 9)
+    assert len(shell.client._link.attachment.loads) == 0
+    eventually(lambda: fake.held() == (0, 0), "nothing is held any more")
+
+
+def test_a_lease_of_a_dead_daemon_is_not_waited_for(make_shell: MakeShell, fake: FakeDaemon) -> None:
+    shell, ns = held_back(make_shell, fake, 4, timeout_ms=60_000.0)
+    lease = shell.acquire(ns, chain())
+    fake.stop()
+    assert wait(shell, lease) == 0
+    assert lease.ready() == 0
+    lease.release()
+
+
+def test_a_resolved_lease_is_told_of_too(make_shell: MakeShell, fake: FakeDaemon) -> None:
+    scheduler, ns = held_back(make_shell, fake, 4, strict=True, client_group=b"engine")
+    worker = make_shell(fake, strict=True, client_group=b"engine")
+    worker.open_namespace(SPEC)
+    with scheduler.acquire(ns, chain()) as lease:
+        with worker.resolve(ns, lease.lease_id) as resolved:
+            assert resolved.ready() == 4
+            fake.land(BLOCKS)
+            assert wait(worker, resolved) == wait(scheduler, lease) == BLOCKS
+            assert bytes(resolved.views()[9]) == paged()[:, 9].tobytes()
+        assert len(worker.client._link.attachment.loads) == 0
+        assert fake.held() == (1, 0)
+
+
+# --- checksums and durability -----------------------------------------------------------------------------------
+
+
+def test_stored_checksums_are_verified_when_loaded(make_shell: MakeShell, fake: FakeDaemon) -> None:
+    writer, reader = make_shell(fake, checksum_stores=True), make_shell(fake, verify="load")
+    ns, target = writer.open_namespace(SPEC), paged(seed=None)
+    reader.open_namespace(SPEC)
+    writer.store(ns, chain(), table(paged()))
+    assert len(fake.checksums) == BLOCKS
+    assert reader.fetch(ns, chain(), table(target)) == FetchResult(BLOCKS, BLOCKS * 6000, "")
+    fake.run(lambda: fake.namespace().write(6, b"\xff"))  # its bytes change, its generation does not
+    assert reader.fetch(ns, chain(), table(target)) == FetchResult(6, 6 * 6000, "corrupt")
+    assert writer.fetch(ns, chain(), table(target)).blocks == BLOCKS
+    fake.run(lambda: fake.checksums.pop(chain()[6]))
+    assert reader.fetch(ns, chain(), table(target)).blocks == BLOCKS
+    assert (reader.stats().corrupt_fetches, writer.stats().corrupt_fetches) == (1, 0)
+    eventually(lambda: fake.held() == (0, 0), "nothing is held any more")
+
+
+def test_what_is_written_in_place_has_checksums_too(make_shell: MakeShell, fake: FakeDaemon) -> None:
+    shell = make_shell(fake, strict=True, checksum_stores=True, verify="load")
+    ns, target = shell.open_namespace(SPEC), paged(2, seed=None)
+    with shell.reserve(ns, chain(3)) as reservation:
+        for view in reservation.views():
+            view[:] = 5
+        assert commit(shell, reservation, (2,)) == 2
+    assert len(fake.checksums) == 2
+    assert shell.fetch(ns, chain(2), table(target)).blocks == 2
+    assert (target == 5).all()
+
+
+def test_without_the_option_no_checksum_is_sent(make_shell: MakeShell, fake: FakeDaemon) -> None:
+    shell = make_shell(fake)
+    shell.store(shell.open_namespace(SPEC), chain(), table(paged()))
+    assert fake.checksums == {}
+
+
+def test_persist_asks_until_all_is_durable(make_shell: MakeShell, fake: FakeDaemon) -> None:
+    shell = make_shell(fake, strict=True)
+    ns = shell.open_namespace(SPEC)
+    fake.persists = [PersistReply(0, 10), PersistReply(4, 6), PersistReply(10, 0)]
+    assert shell.persist(ns, chain()) == PersistResult(10, 0)
+    assert fake.sent(Verb.PERSIST) == 3
+
+
+def test_persist_tells_what_is_still_pending_when_time_is_up(make_shell: MakeShell, fake: FakeDaemon) -> None:
+    shell = make_shell(fake)
+    ns = shell.open_namespace(SPEC)
+    fake.persists = [PersistReply(4, 6)]
+    assert shell.persist(ns, chain(), timeout_ms=0) == PersistResult(4, 6)
+    assert fake.sent(Verb.PERSIST) == 1
+    assert shell.persist(ns, chain(), timeout_ms=20.0) == PersistResult(4, 6)
+    assert fake.sent(Verb.PERSIST) in range(4, 12)
+    fake.stop()
+    assert shell.persist(ns, chain()) == PersistResult(0, 0)
+
+
+def test_the_daemon_without_a_slower_tier_has_all_ready_and_nothing_durable(
+    make_shell: MakeShell, live: LiveDaemon
+) -> None:
+    shell = make_shell(live, strict=True, verify="load", checksum_stores=True)
+    ns, target = shell.open_namespace(SPEC), paged(seed=None)
+    shell.store(ns, chain(), table(paged()))
+    assert shell.fetch(ns, chain(), table(target)).blocks == BLOCKS
+    with shell.acquire(ns, chain()) as lease:
+        assert lease.ready() == wait(shell, lease) == BLOCKS
+    assert shell.persist(ns, chain()) == PersistResult(0, 0)
+
+
 # --- errors: a miss for engines, typed for tools ---------------------------------------------------------------
 
 
@@ -479,6 +732,7 @@ def everything_misses(shell: Any, ns: Any) -> None:
         assert reservation.outcomes == (BlockOutcome.UNAVAILABLE,) * BLOCKS
         assert commit(shell, reservation) == 0
     assert shell.prefetch(ns, hashes).resident == 0
+    assert shell.persist(ns, hashes) == PersistResult(0, 0)
     assert (shell.pin(ns, hashes), shell.unpin(ns, hashes)) == (0, 0)
     assert (shell.touch(ns, hashes), shell.done(ns, hashes)) == (0, 0)
     assert shell.evict(ns, hashes).removed == 0

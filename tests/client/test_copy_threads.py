@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import signal
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -116,6 +118,69 @@ def test_error_of_any_part_is_the_callers() -> None:
 
     with pytest.raises(MemoryError, match="no more"):
         ParallelCopier(3, inner=Recorder(act)).gather(plan_of(24, MIB))
+
+
+class Stop(Exception):
+    """What a signal handler raises."""
+
+
+def test_interrupted_caller_waits_for_its_helpers() -> None:
+    """What it does next is to give the slots back, and a helper may still be writing to them."""
+    helper_began, helper_ended = threading.Event(), threading.Event()
+
+    def act(part: CopyPlan) -> Sequence[int]:
+        if threading.current_thread() is threading.main_thread():
+            assert helper_began.wait(TIMEOUT_S)
+        else:
+            helper_began.set()
+            signal.setitimer(signal.ITIMER_REAL, 0.05)
+            helper_ended.wait(0.3)
+            helper_ended.set()
+        return ()
+
+    def stop(*_: object) -> None:
+        raise Stop
+
+    before = signal.signal(signal.SIGALRM, stop)
+    try:
+        with pytest.raises(Stop):
+            ParallelCopier(2, inner=Recorder(act)).gather(plan_of(16, MIB))
+        assert helper_ended.is_set()
+    finally:
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_where_no_thread_can_be_had_the_caller_copies_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    copier = ParallelCopier(3, inner=(recorder := Recorder()))
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", refuse)
+        copier.gather(plan_of(16, MIB))
+    copier.gather(plan_of(16, MIB))
+    assert list(recorder.by_thread) == [threading.current_thread().name]
+    assert ids_of(recorder) == sorted([*range(16)] * 2)
+    assert copier._jobs.empty()
+
+
+def test_job_that_is_over_keeps_no_memory() -> None:
+    """A helper that never wakes leaves its word of the job in the queue."""
+    copier = ParallelCopier(2, inner=Recorder())
+    copier._helpers = 1
+    copier.gather(plan := plan_of(16, MIB))
+    assert not copier._jobs.empty()
+    kept = weakref.ref(plan.table.owners[0])
+    del plan
+    gc.collect()
+    assert kept() is None
+
+
+@pytest.mark.parametrize("cpu", [-1, 1 << 20, 1 << 70])
+def test_core_that_cannot_be_had_is_no_harm(cpu: int) -> None:
+    copier = ParallelCopier(2, [cpu], inner=(recorder := Recorder()))
+    copier.gather(plan_of(16, MIB))
+    assert ids_of(recorder) == [*range(16)]
 
 
 def test_several_callers_share_the_helpers() -> None:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import resource
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import msgpack
 import numpy as np
 import pytest
 
-from forebay.client import BlockOutcome, Client, NamespaceSpec, PrefixHasher, SegmentTable
+from forebay.client import BlockOutcome, Client, FetchResult, NamespaceSpec, PrefixHasher, SegmentTable
+from forebay.client.copier import CopyPlan, NumpyCopier
 from forebay.kvstore.errors import BadRequest, PeerLost
 from support.fake_daemon import FakeDaemon
 from support.live import eventually
@@ -138,6 +142,151 @@ def test_threads_survive_a_restart(fake: FakeDaemon) -> None:
         assert client.store(ns, chain(9), payload(9)).committed == 6
 
 
+# --- threads that wait for blocks that are still being read -------------------------------------------------------
+
+
+class Fetch(threading.Thread):
+    """Fetches a chain on a thread of its own; tells the result, the bytes, and what processor time that took."""
+
+    def __init__(self, client: Client, ns: Any, seed: int) -> None:
+        super().__init__()
+        self.target = np.zeros((6, 4096), np.uint8)
+        self.result = FetchResult()
+        self.cpu_s = 0.0
+        self._ask = lambda: client.fetch(ns, chain(seed), self.target)
+        self.start()
+
+    def run(self) -> None:
+        begun = time.thread_time()
+        self.result = self._ask()
+        self.cpu_s = time.thread_time() - begun
+
+    def ended(self) -> FetchResult:
+        self.join(20)
+        assert not self.is_alive()
+        return self.result
+
+
+@pytest.fixture
+def waiting(fake: FakeDaemon) -> Iterator[tuple[Client, Any]]:
+    """A client and its namespace with 6 blocks of each of the chains 1 to 4, two of which are in memory."""
+    with Client(fake.runtime_dir, timeout_ms=20_000.0) as client:
+        ns = client.open_namespace(SPEC)
+        for seed in range(1, 5):
+            assert client.store(ns, chain(seed), payload(seed)).committed == 6
+        fake.ready_max = 2
+        yield client, ns
+    eventually(lambda: fake.held() == (0, 0), "nothing is held any more")
+
+
+def test_each_thread_is_told_of_its_own_lease(fake: FakeDaemon, waiting: tuple[Client, Any]) -> None:
+    """Whoever watches the socket hands on what is for others, in whatever order it comes."""
+    client, ns = waiting
+    for order in ((0, 1, 2, 3), (3, 2, 1, 0), (2, 0, 3, 1)):
+        fetches = []
+        for seed in range(1, 5):
+            fetches.append(Fetch(client, ns, seed))
+            eventually(lambda seed=seed: len(fake.loading()) == seed, "its lease is granted")
+        leases = fake.loading()
+        for number in order:
+            fake.land(4, lease=leases[number])
+        assert all(fetch.is_alive() for fetch in fetches)
+        for number in order:
+            fake.land(6, lease=leases[number])
+            assert fetches[number].ended() == FetchResult(6, 6 * 4096, "")
+            assert np.array_equal(fetches[number].target, payload(number + 1))
+    assert client.stats().attachments == 1
+
+
+def test_a_thread_that_waits_keeps_no_other_from_the_session(fake: FakeDaemon, waiting: tuple[Client, Any]) -> None:
+    """Others map new slabs and release their leases meanwhile."""
+    client, ns = waiting
+    first = Fetch(client, ns, 1)
+    eventually(lambda: len(fake.loading()) == 1, "its lease is granted")
+    fake.ready_max = 6
+    assert client.store(ns, chain(5), payload(5)).committed == 6
+    assert client.fetch(ns, chain(2), np.zeros((6, 4096), np.uint8)).blocks == 6
+    eventually(lambda: fake.held() == (1, 0), "only the first is held")
+    fake.land(6)
+    assert first.ended().blocks == 6
+
+
+def test_what_a_thread_that_maps_reads_reaches_the_one_that_waits(
+    fake: FakeDaemon, waiting: tuple[Client, Any]
+) -> None:
+    client, ns = waiting
+    for turn in range(10):
+        first = Fetch(client, ns, 1)
+        eventually(lambda: len(fake.loading()) == 1, "its lease is granted")
+        fake.run(lambda: setattr(fake, "before_map", lambda: fake._land(6)))
+        assert client.store(ns, chain(5 + turn), payload(5)).committed == 6
+        assert first.ended().blocks == 6
+        assert np.array_equal(first.target, payload(1))
+
+
+def test_when_the_one_that_watches_gives_up_another_watches(fake: FakeDaemon, waiting: tuple[Client, Any]) -> None:
+    client, ns = waiting
+    lease = client.acquire(ns, chain(1))
+    watcher = threading.Thread(target=lambda: lease.wait(timeout_ms=300.0))
+    watcher.start()
+    link = client._link
+    assert link is not None
+    eventually(lambda: link._watcher == watcher.ident, "it watches")
+    other = Fetch(client, ns, 2)
+    eventually(lambda: len(fake.loading()) == 2, "the other's lease is granted")
+    watcher.join(10)
+    eventually(lambda: link._watcher == other.ident, "the other watches")
+    fake.land(6)
+    assert other.ended().blocks == 6
+    lease.release()
+
+
+def test_waiting_costs_no_processor_time(fake: FakeDaemon, waiting: tuple[Client, Any]) -> None:
+    with Client(fake.runtime_dir, timeout_ms=400.0) as client:
+        fetches = [Fetch(client, waiting[1], seed) for seed in (1, 2, 3)]
+        assert [fetch.ended() for fetch in fetches] == [FetchResult(2, 2 * 4096, "timeout")] * 3
+        assert sum(fetch.cpu_s for fetch in fetches) < 0.1
+
+
+def test_closing_the_client_ends_every_wait(fake: FakeDaemon, waiting: tuple[Client, Any]) -> None:
+    client, ns = waiting
+    lease = client.acquire(ns, chain(3))
+    fetches = [Fetch(client, ns, seed) for seed in (1, 2)]
+    eventually(lambda: len(fake.loading()) == 3, "their leases are granted")
+    client.close()
+    assert [fetch.ended() for fetch in fetches] == [FetchResult(0, 0, "peer_lost")] * 2
+    assert (lease.wait(), lease.ready()) == (0, 0)
+
+
+def test_releasing_a_lease_ends_the_wait_for_it(fake: FakeDaemon, waiting: tuple[Client, Any]) -> None:
+    client, ns = waiting
+    lease = client.acquire(ns, chain(1))
+    told: list[int] = []
+    waiter = threading.Thread(target=lambda: told.append(lease.wait()))
+    waiter.start()
+    lease.release()
+    waiter.join(10)
+    assert not waiter.is_alive()
+    assert told[0] in (0, 2)
+
+
+def test_a_forked_child_does_not_wait_for_its_parents_lease(fake: FakeDaemon, waiting: tuple[Client, Any]) -> None:
+    client, ns = waiting
+    lease = client.acquire(ns, chain(1))
+    first = Fetch(client, ns, 2)
+    eventually(lambda: len(fake.loading()) == 2, "both are granted")
+    in_child(lambda: _check_not_mine(lease))
+    assert len(fake.loading()) == 2
+    fake.land(6)
+    assert first.ended().blocks == 6
+    lease.release()
+
+
+def _check_not_mine(lease: Any) -> None:
+    assert (lease.ready(), lease.wait()) == (0, 0)
+    lease.release()
+
+
 def test_a_forked_child_has_a_session_of_its_own(fake: FakeDaemon) -> None:
     with Client(fake.runtime_dir) as client:
         ns = client.open_namespace(SPEC)
@@ -253,8 +402,108 @@ def test_a_daemon_that_dies_during_a_call_ends_the_wait_early(fake: FakeDaemon) 
         assert failures
 
 
+def tell_nonsense(fake: FakeDaemon) -> None:
+    """On the fake daemon's thread."""
+    for peer in fake._by_fd.values():
+        peer._socket.send(msgpack.packb([0, "gossip", 1]))
+
+
+def test_a_notice_that_makes_no_sense_ends_the_session(fake: FakeDaemon) -> None:
+    with Client(fake.runtime_dir) as client:
+        assert client.ping()
+        fake.run(lambda: tell_nonsense(fake))
+        eventually(lambda: client.ping() and client.stats().attachments == 2, "it attached again")
+        assert not client.stats().errors
+
+
+def test_nonsense_behind_a_slab_keeps_nobody_from_the_session(
+    fake: FakeDaemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Client(fake.runtime_dir, timeout_ms=20_000.0) as client:
+        ns = client.open_namespace(SPEC)
+        link = client._link
+        assert link is not None
+        map_slab = link._session.map_slab
+
+        def map_and_tell(*arguments: Any) -> Any:
+            mapped = map_slab(*arguments)
+            fake.run(lambda: tell_nonsense(fake))
+            return mapped
+
+        monkeypatch.setattr(link._session, "map_slab", map_and_tell)
+        assert client.store(ns, chain(1), payload(1)).reason == "peer_lost"
+        assert not link._mapping.locked()
+        assert client.store(ns, chain(2), payload(2)).committed == 6
+
+
+def test_replies_that_cannot_be_given_back_end_the_session(fake: FakeDaemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy failed, and another thread keeps the control socket to itself: the slots come back with the session."""
+
+    class Failing(NumpyCopier):
+        def gather(self, plan: CopyPlan) -> Sequence[int]:
+            assert client._link is not None
+            assert client._link._exchanging.acquire(timeout=10)
+            raise MemoryError("no more")
+
+    monkeypatch.setattr("forebay.client.core.BATCH_BLOCKS", 2)
+    with Client(fake.runtime_dir, budget_ms=5.0, timeout_ms=100.0, copier=Failing()) as client:
+        ns = client.open_namespace(SPEC)
+        with pytest.raises(MemoryError):
+            client.store(ns, chain(1), payload(1))
+        eventually(lambda: fake.held() == (0, 0), "nothing is held any more")
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_clients_that_nobody_closed_leave_no_descriptors(fake: FakeDaemon) -> None:
+    def descriptors() -> int:
+        gc.collect()
+        return len(os.listdir("/proc/self/fd"))
+
+    def use() -> None:
+        client = Client(fake.runtime_dir)
+        assert client.ping()
+
+    use()
+    eventually(lambda: fake.run(lambda: len(fake._by_fd)) == 0, "its session has ended")
+    before = descriptors()
+    for _ in range(5):
+        use()
+    gc.collect()
+    eventually(lambda: fake.run(lambda: len(fake._by_fd)) == 0, "their sessions have ended")
+    assert descriptors() == before
+
+
+def test_polling_a_lease_of_a_dead_daemon_keeps_nothing(fake: FakeDaemon, waiting: tuple[Client, Any]) -> None:
+    client, ns = waiting
+    lease = client.acquire(ns, chain(1))
+    link = client._link
+    assert link is not None
+    fake.stop()
+    eventually(lambda: lease.ready() == 0, "it is seen")
+    for _ in range(50):
+        assert lease.ready() == 0
+    assert link.fault is not None
+    assert len(traceback.extract_tb(link.fault.__traceback__)) < 10
+    fake.start()
+
+
+def test_a_process_out_of_descriptors_gets_a_miss(fake: FakeDaemon) -> None:
+    """libzmq would abort it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with Client(fake.runtime_dir) as client:
+        for spare in (0, 2, 5, 8):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + spare, hard))
+            try:
+                assert not client.ping()
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert set(client.stats().errors) == {"peer_lost"}
+        eventually(client.ping, "it attaches")
+
+
 def test_options_are_checked() -> None:
-    for options in ({"name": "x" * 129}, {"client_group": b"x" * 33}, {"budget_ms": 0}, {"timeout_ms": 1.0}):
+    bad: list[dict[str, Any]] = [{"name": "x" * 129}, {"client_group": b"x" * 33}, {"verify": "store"}]
+    for options in (*bad, {"budget_ms": 0}, {"timeout_ms": 1.0}):
         with pytest.raises(BadRequest):
             Client(**options)
 

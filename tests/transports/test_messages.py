@@ -28,14 +28,14 @@ GOOD: dict[type[m.Record], list[Any]] = {
     m.LookupRequest: [1, BLOB],
     m.LookupReply: [2, (("host", 2),), 17, "load"],
     m.AcquireRequest: [1, BLOB, 0],
-    m.AcquireReply: [7, bytes(16), bytes(16)],
+    m.AcquireReply: [7, bytes(16), bytes(16), 1, bytes(16)],
     m.ResolveRequest: [1, 7],
-    m.ResolveReply: [bytes(16), bytes(16)],
+    m.ResolveReply: [bytes(16), bytes(16), 2, b""],
     m.ReleaseRequest: [7],
     m.ReleaseReply: [],
     m.ReserveRequest: [1, b"", BLOB],
     m.ReserveReply: [9, b"\0\1", bytes(8), bytes(8)],
-    m.CommitRequest: [9, bytes(4)],
+    m.CommitRequest: [9, bytes(4), bytes(16)],
     m.CommitReply: [1],
     m.AbortRequest: [9],
     m.AbortReply: [],
@@ -57,12 +57,15 @@ GOOD: dict[type[m.Record], list[Any]] = {
     m.CheckReply: [("a slot is in two places",)],
     m.ClearRequest: [False],
     m.ClearReply: [3, 0],
+    m.PersistRequest: [1, BLOB],
+    m.PersistReply: [1, 1],
     p.Hello: [1, "engine", b""],
     p.Welcome: [1, bytes(16), bytes(16), 4 << 20, 65536],
     p.MapSlab: [1, 0],
     p.SlabMap: [1, 0, 1 << 26, 8192, 8192, True],
     p.Release: [1],
     p.Retired: [1, 0],
+    p.Ready: [1, 1, 2],
     p.Refusal: [101, "no"],
 }
 
@@ -73,12 +76,15 @@ LONG = "x" * 1025
 BAD: list[tuple[type[m.Record], int, Any]] = [
     *[
         (record, 0, value)
-        for record in (m.LookupRequest, m.PinRequest, m.UnpinRequest, m.TouchRequest, m.DoneRequest, m.PrefetchRequest)
+        for record in (
+            *(m.LookupRequest, m.PinRequest, m.UnpinRequest, m.TouchRequest, m.DoneRequest, m.PrefetchRequest),
+            m.PersistRequest,
+        )
         for value in (0, -1, 1 << 63, True, 1.0, "1", None)
     ],
     *[
         (record, 1, BIG_BLOB)
-        for record in (m.LookupRequest, m.AcquireRequest, m.PinRequest, m.TouchRequest, m.DoneRequest)
+        for record in (m.LookupRequest, m.AcquireRequest, m.PinRequest, m.TouchRequest, m.DoneRequest, m.PersistRequest)
     ],
     (m.LookupRequest, 1, "text"),
     (m.OpenNamespaceReply, 0, 0),
@@ -107,8 +113,16 @@ BAD: list[tuple[type[m.Record], int, Any]] = [
     (m.AcquireReply, 1, bytes(15)),
     (m.AcquireReply, 1, bytes(8)),
     (m.AcquireReply, 2, bytes(m.HASHES_MAX * 8 + 8)),
+    (m.AcquireReply, 3, -1),
+    (m.AcquireReply, 3, 3),
+    (m.AcquireReply, 3, True),
+    (m.AcquireReply, 4, bytes(8)),
+    (m.AcquireReply, 4, bytes(24)),
+    (m.AcquireReply, 4, "x" * 16),
     (m.ResolveRequest, 1, 0),
     (m.ResolveReply, 0, bytes(24)),
+    (m.ResolveReply, 2, 3),
+    (m.ResolveReply, 3, bytes(8)),
     (m.ReleaseRequest, 0, 0),
     (m.ReleaseRequest, 0, 1 << 63),
     (m.ReserveRequest, 1, bytes(15)),
@@ -120,6 +134,8 @@ BAD: list[tuple[type[m.Record], int, Any]] = [
     (m.CommitRequest, 0, 0),
     (m.CommitRequest, 1, bytes(3)),
     (m.CommitRequest, 1, bytes(m.HASHES_MAX * 4 + 4)),
+    (m.CommitRequest, 2, bytes(15)),
+    (m.CommitRequest, 2, bytes(m.HASHES_MAX * 8 + 8)),
     (m.CommitReply, 0, -1),
     (m.AbortRequest, 0, 0),
     (m.EvictRequest, 1, 3),
@@ -134,6 +150,8 @@ BAD: list[tuple[type[m.Record], int, Any]] = [
     (m.CheckReply, 0, ("x",) * (m.PROBLEMS_MAX + 1)),
     (m.ClearRequest, 0, 0),
     (m.ClearReply, 0, -1),
+    (m.PersistReply, 0, -1),
+    (m.PersistReply, 1, m.HASHES_MAX + 1),
     (p.Hello, 0, -1),
     (p.Hello, 1, "x" * 129),
     (p.Hello, 2, bytes(33)),
@@ -147,6 +165,11 @@ BAD: list[tuple[type[m.Record], int, Any]] = [
     (p.SlabMap, 5, 1),
     (p.Release, 0, 0),
     (p.Retired, 1, -1),
+    (p.Ready, 0, 0),
+    (p.Ready, 1, -1),
+    (p.Ready, 1, 3),
+    (p.Ready, 2, 0),
+    (p.Ready, 2, m.HASHES_MAX + 1),
     (p.Refusal, 0, 0),
     (p.Refusal, 1, LONG),
 ]

@@ -14,11 +14,18 @@ def test_the_largest_packet_of_every_kind_fits_the_limit() -> None:
         packets.SlabMap((1 << 63) - 1, 0, (1 << 63) - 1, (1 << 63) - 1, (1 << 31) - 1, True),
         packets.Release((1 << 63) - 1),
         packets.Retired((1 << 63) - 1, (1 << 63) - 1),
+        packets.Ready((1 << 63) - 1, 1 << 16, 1 << 16),
         packets.Refusal(401, "\U0001f30a" * 1024),
     ]
     assert {type(packet) for packet in largest} == set(packets.PACKETS.values())
     assert all(len(encode_packet((1 << 63) - 1, packet)) <= packets.PACKET_BYTES_MAX for packet in largest)
 
 
+def test_a_notice_is_small_whatever_it_tells_of() -> None:
+    """They come by the hundred, and wait in the daemon for clients that do not read."""
+    for notice in (packets.Ready((1 << 63) - 1, 1 << 16, 1 << 16), packets.Retired((1 << 63) - 1, (1 << 63) - 1)):
+        assert len(encode_packet(0, notice)) <= 64
+
+
 def test_the_kinds_are_what_third_parties_were_told() -> None:
-    assert set(packets.PACKETS) == {"hello", "welcome", "map", "slab", "release", "retired", "error"}
+    assert set(packets.PACKETS) == {"hello", "welcome", "map", "slab", "release", "retired", "ready", "error"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import socket
@@ -12,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import msgpack
 import pytest
 
 from forebay.kvstore.errors import (
@@ -27,11 +29,12 @@ from forebay.kvstore.errors import (
 from forebay.transports import session as s
 from forebay.transports import shm
 from forebay.transports.codec import encode_packet
-from forebay.transports.packets import Hello, MapSlab, Refusal, Retired, SlabMap
+from forebay.transports.messages import PROTOCOL_VERSION
+from forebay.transports.packets import Hello, MapSlab, Ready, Refusal, Retired, SlabMap
 
 BOOT = b"b" * 16
 NOW = 1000.0
-HELLO = encode_packet(1, Hello(1, "test", b""))
+HELLO = encode_packet(1, Hello(PROTOCOL_VERSION, "test", b""))
 
 
 def soon() -> float:
@@ -149,7 +152,7 @@ def test_a_client_is_welcomed_with_a_token_and_the_daemons_limits(daemon: Daemon
     assert client.welcome.session_token == peer.token
     assert (client.welcome.boot_id, client.welcome.max_message_bytes, client.welcome.max_hashes) == (BOOT, 1 << 20, 100)
     assert (peer.uid, peer.pid, peer.gid) == (os.geteuid(), os.getpid(), os.getegid())
-    assert peer.hello == Hello(1, "test", b"group")
+    assert peer.hello == Hello(PROTOCOL_VERSION, "test", b"group")
     assert peer.hello_deadline is None
     client.close()
 
@@ -201,9 +204,11 @@ def test_notices_are_told_in_order_and_do_not_disturb_an_answer(daemon: Daemon) 
     client = daemon.connect()
     assert client.poll_events() == []
     daemon.peers[0].send(0, Retired(1, 7))
+    daemon.peers[0].send(0, Ready(5, 2, 4))
     daemon.map(client, 1).close_fds()
     daemon.peers[0].send(0, Retired(1, 8))
-    assert client.poll_events() == [Retired(1, 7), Retired(1, 8)]
+    daemon.peers[0].send(0, Ready(5, 4, 4))
+    assert client.poll_events() == [Retired(1, 7), Ready(5, 2, 4), Retired(1, 8), Ready(5, 4, 4)]
     assert client.poll_events() == []
     client.close()
     os.close(fd)
@@ -244,6 +249,17 @@ def test_the_daemons_end_is_seen_after_the_notices_it_sent(daemon: Daemon) -> No
             client.poll_events()
     with pytest.raises(PeerLost):
         client.map_slab(1, 1, soon())
+    client.close()
+
+
+@pytest.mark.parametrize("packet", [b"\xc1", msgpack.packb([0, "gossip", 1]), msgpack.packb([0, "ready", 7, 9, 3])])
+def test_a_daemon_that_makes_no_sense_is_a_lost_peer(daemon: Daemon, packet: bytes) -> None:
+    client = daemon.connect()
+    daemon.peers[0].send(0, Retired(1, 7))
+    daemon.peers[0]._socket.send(packet)
+    assert client.poll_events() == [Retired(1, 7)]
+    with pytest.raises(PeerLost):
+        client.poll_events()
     client.close()
 
 
@@ -339,10 +355,10 @@ def test_a_mute_client_has_a_deadline(daemon: Daemon) -> None:
 
 
 def test_another_protocol_version_is_refused_by_name(daemon: Daemon) -> None:
-    with raw(daemon.path, encode_packet(1, Hello(2, "future", b""))) as client:
+    with raw(daemon.path, encode_packet(1, Hello(PROTOCOL_VERSION + 1, "future", b""))) as client:
         daemon.until(lambda: daemon.lost)
         assert client.recv(4096) == encode_packet(
-            1, Refusal(VersionMismatch.code, "this daemon speaks protocol version 1")
+            1, Refusal(VersionMismatch.code, f"this daemon speaks protocol version {PROTOCOL_VERSION}")
         )
         assert client.recv(4096) == b""
 
@@ -419,6 +435,23 @@ def test_descriptors_that_wait_for_a_client_are_held_and_then_let_go(daemon: Dae
     assert open_fds() == before + 2
     peer.close()
     assert open_fds() == before - 1
+    client.close()
+
+
+def test_too_many_descriptors_in_flight_are_busy_and_nothing_waits(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel refuses them while the socket stays writable: whoever waited for it would spin."""
+    client = daemon.connect()
+    peer = daemon.peers[0]
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ETOOMANYREFS, "too many references")
+
+    monkeypatch.setattr(s, "_send", refuse)
+    with pytest.raises(Busy):
+        peer.send(2, SlabMap(1, 1, 8192, 4096, 2, True), (0, 0))
+    assert not peer.wants_write
     client.close()
 
 

@@ -32,7 +32,7 @@ from forebay.kvstore.outcome import Outcome
 from forebay.transports import messages as m
 from forebay.transports import paths
 from forebay.transports.codec import decode_request, encode_error, encode_reply
-from forebay.transports.packets import Hello, MapSlab, Release, Retired, SlabMap
+from forebay.transports.packets import Hello, MapSlab, Ready, Release, Retired, SlabMap
 from forebay.transports.session import SessionListener, SessionPeer
 from forebay.transports.shm import GenerationTable, create_memfd
 from forebay.transports.zmq_sockets import ControlServer
@@ -70,8 +70,29 @@ class FakeNamespace:
     def generation(self, slot: int) -> int:
         return self.slabs[slot // SLOTS_PER_SLAB].table.get(slot % SLOTS_PER_SLAB)
 
+    def read(self, slot: int) -> bytes:
+        slab = self.slabs[slot // SLOTS_PER_SLAB]
+        return os.pread(slab.fd, self.slot_bytes, slot % SLOTS_PER_SLAB * self.slot_bytes)
+
+    def write(self, slot: int, data: bytes) -> None:
+        slab = self.slabs[slot // SLOTS_PER_SLAB]
+        os.pwrite(slab.fd, data, slot % SLOTS_PER_SLAB * self.slot_bytes)
+
     def bump(self, slot: int) -> None:
         self.slabs[slot // SLOTS_PER_SLAB].table.bump(slot % SLOTS_PER_SLAB)
+
+
+@dataclass
+class FakeLoad:
+    """A lease whose blocks from `ready` on are not in memory: their bytes are kept here until they land."""
+
+    lease: int
+    space: FakeNamespace
+    slots: list[int]
+    away: dict[int, bytes]
+    tokens: set[bytes]
+    ready: int
+    total: int
 
 
 class FakeDaemon:
@@ -81,6 +102,11 @@ class FakeDaemon:
     fail: verb -> the error to answer instead.
     unmappable: slab serials that a map request is refused for.
     capacity: slots per namespace.
+    ready_max: of a lease only so many blocks are in memory; the bytes of the others are taken away until `land`.
+    early: progress (ready, total) told about each pending lease before its reply is sent.
+    before_map: called before a map request is answered, and then forgotten.
+    checksums: block hash -> what `acquire` tells of it; a commit that brings checksums writes them here.
+    persists: what PERSIST answers, one after the other, the last for ever.
     hanging: answer nothing, though connections stay open.
     """
 
@@ -94,6 +120,11 @@ class FakeDaemon:
         self.unmappable: set[int] = set()
         self.writable = True
         self.hanging = False
+        self.ready_max = m.HASHES_MAX
+        self.early: tuple[int, int] | None = None
+        self.before_map: Callable[[], object] | None = None
+        self.checksums: dict[bytes, int] = {}
+        self.persists = [m.PersistReply(0, 0)]
         self.sessions_seen = 0
         self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
 
@@ -115,6 +146,7 @@ class FakeDaemon:
         self._namespaces: dict[int, FakeNamespace] = {}
         self._leases: dict[int, tuple[bytes, FakeNamespace, list[bytes]]] = {}
         self._reservations: dict[int, tuple[bytes, FakeNamespace, list[bytes]]] = {}
+        self._loads: dict[int, FakeLoad] = {}
         self._by_fd: dict[int, SessionPeer] = {}
         self._next_id = 1
         places = paths.prepare(self.runtime_dir)
@@ -174,6 +206,31 @@ class FakeDaemon:
 
         self.run(task)
 
+    def loading(self) -> list[int]:
+        """Leases that have not been read to their end, oldest first."""
+        return self.run(lambda: list(self._loads))
+
+    def land(self, ready: int, total: int | None = None, *, lease: int | None = None) -> None:
+        """The leading `ready` blocks of a pending lease (the newest) are in memory; with `total` the rest is lost."""
+        self.run(lambda: self._land(ready, total, lease))
+
+    def _land(self, ready: int, total: int | None = None, lease: int | None = None) -> None:
+        """`land`, on the daemon's own thread."""
+        load = self._loads[max(self._loads) if lease is None else lease]
+        load.ready, load.total = ready, load.total if total is None else total
+        for slot in load.slots[:ready]:
+            load.space.write(slot, load.away.pop(slot, b""))
+        for slot in load.slots[load.total :]:
+            load.space.bump(slot)
+        if load.ready >= load.total:
+            del self._loads[load.lease]
+        self._tell(load)
+
+    def _tell(self, load: FakeLoad) -> None:
+        for peer in self._by_fd.values():
+            if peer.token in load.tokens:
+                peer.send(0, Ready(load.lease, load.ready, load.total))
+
     # Serving
 
     def _serve(self) -> None:
@@ -229,6 +286,7 @@ class FakeDaemon:
         for grants in (self._leases, self._reservations):
             for number in [number for number, grant in grants.items() if grant[0] == peer.token]:
                 del grants[number]
+                self._loads.pop(number, None)
         peer.close()
 
     def _serve_packet(self, peer: SessionPeer, packet_id: int, packet: Hello | MapSlab | Release) -> None:
@@ -239,7 +297,11 @@ class FakeDaemon:
         if isinstance(packet, Release):
             self.requests.append((peer.token, m.ReleaseRequest(packet.lease)))
             self._leases.pop(packet.lease, None)
+            self._loads.pop(packet.lease, None)
             return
+        if self.before_map is not None:
+            before, self.before_map = self.before_map, None
+            before()
         space = self._namespaces.get(packet.ns)
         if space is None or packet.slab in self.unmappable or packet.slab not in space.slabs:
             peer.refuse(packet_id, BadRequest(f"no slab {packet.slab}"))
@@ -312,21 +374,45 @@ class FakeDaemon:
         space, hashes = self._hashes(request)
         names = space.leading(hashes)
         if not names:
-            return m.AcquireReply(0, b"", b"")
+            return m.AcquireReply(0, b"", b"", 0, b"")
         lease = self._new_id()
         self._leases[lease] = (token, space, names)
-        return m.AcquireReply(lease, *self._slots(space, names, space.blocks))
+        load = self._load(lease, token, space, [space.blocks[name] for name in names])
+        ready = load.ready
+        if ready < load.total:
+            self._loads[lease] = load
+            if self.early is not None:
+                self._land(*self.early, lease)
+        return m.AcquireReply(lease, *self._slots(space, names, space.blocks), ready, self._sums(names))
+
+    def _load(self, lease: int, token: bytes, space: FakeNamespace, slots: list[int]) -> FakeLoad:
+        """Take away the bytes of what is not to be ready."""
+        ready = min(self.ready_max, len(slots))
+        away = {slot: space.read(slot) for slot in slots[ready:]}
+        for slot in away:
+            space.write(slot, bytes(space.slot_bytes))
+        return FakeLoad(lease, space, slots, away, {token}, ready, len(slots))
+
+    def _sums(self, names: list[bytes]) -> bytes:
+        """Checksums of the blocks, or nothing when none is known."""
+        sums = [self.checksums.get(name, 0) for name in names]
+        return m.join_u64(sums) if any(sums) else b""
 
     def _resolve(self, token: bytes, request: m.ResolveRequest) -> m.Reply:
         if request.lease not in self._leases:
             raise NotLeased("no such lease")
         _, space, names = self._leases[request.lease]
-        return m.ResolveReply(*self._slots(space, names, space.blocks))
+        load = self._loads.get(request.lease)
+        if load is not None:
+            load.tokens.add(token)
+        ready = len(names) if load is None else load.ready
+        return m.ResolveReply(*self._slots(space, names, space.blocks), ready, self._sums(names))
 
     def _release(self, token: bytes, request: m.ReleaseRequest) -> m.Reply:
         if self._leases.get(request.lease, (b"",))[0] != token:
             raise NotLeased("no such lease")
         del self._leases[request.lease]
+        self._loads.pop(request.lease, None)
         return m.ReleaseReply()
 
     def _reserve(self, token: bytes, request: m.ReserveRequest) -> m.Reply:
@@ -370,6 +456,8 @@ class FakeDaemon:
             slot = space.writing.pop(name)
             if index not in failed:
                 space.blocks[name] = slot
+        sums = m.split_u64(request.checksums)
+        self.checksums |= {name: each for name, each in zip(names, sums, strict=bool(sums)) if each}
         return m.CommitReply(len(names) - len(failed))
 
     def _abort(self, token: bytes, request: m.AbortRequest) -> m.Reply:
@@ -426,3 +514,7 @@ class FakeDaemon:
             for space in self._namespaces.values():
                 space.blocks.clear()
         return m.ClearReply(removed, 0)
+
+    def _persist(self, token: bytes, request: m.PersistRequest) -> m.Reply:
+        self._hashes(request)
+        return self.persists.pop(0) if len(self.persists) > 1 else self.persists[0]

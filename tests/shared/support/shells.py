@@ -50,3 +50,9 @@ def commit(shell: Any, reservation: Any, failed: tuple[int, ...] = ()) -> int:
     """Commit a reservation of either shell."""
     outcome = reservation.commit(failed)
     return shell.wait(outcome) if inspect.isawaitable(outcome) else outcome
+
+
+def wait(shell: Any, lease: Any, blocks: int | None = None, timeout_ms: float | None = None) -> int:
+    """Wait for a lease of either shell."""
+    outcome = lease.wait(blocks, timeout_ms)
+    return shell.wait(outcome) if inspect.isawaitable(outcome) else outcome
