@@ -34,6 +34,13 @@ class TierInfo:
     reason: str
 
 
+class Describable(Protocol):
+    """Any tier, as the status sees it."""
+
+    def describe(self) -> TierInfo:
+        """The state now. Cheap, never blocks on the tier's own work."""
+
+
 class Tier(Protocol):
     """Slabs 0 .. slabs-1, each closed at first. Whoever calls is one thread; implementations may have others."""
 

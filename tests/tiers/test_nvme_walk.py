@@ -1,0 +1,149 @@
+"""The child that reads an index: frames in order of depth, exit status, and what it refuses."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+from pathlib import Path
+
+import lmdb
+import pytest
+from tests.tiers.nvme_rig import OWNER, name
+
+from forebay.kvstore.errors import Corrupt
+from forebay.tiers.nvme_format import DriveHeader, encode_record, slot_key
+from forebay.tiers.nvme_index import Batch, Index
+from forebay.tiers.nvme_jobs import SlabOwner
+from forebay.tiers.nvme_walk import (
+    BLOCKS,
+    END,
+    FRAME,
+    FRAME_BLOCKS_MAX,
+    PROBLEM,
+    SLABS,
+    frames,
+    main,
+    walk_index,
+)
+
+HEADER = DriveHeader(bytes(16), 64 << 20, 4, 1)
+
+
+def fill(path: Path, depths: list[int], slab: int = 0, owner: SlabOwner = OWNER) -> Index:
+    """One block a slot, of the given depths, with hashes as long as the owner's."""
+    index = Index(path, HEADER)
+    batch = Batch()
+    batch.set_slab(slab, (owner, 1))
+    for slot, depth in enumerate(depths):
+        key, width = slot_key(slab, slot), owner.hash_bytes
+        parent = name(slot)[:width] if depth else b""
+        batch.say(key, encode_record(key, name(slot)[:width], parent, depth, 1, 0))
+    index.apply(batch, whole=True)
+    return index
+
+
+def kinds(path: Path) -> list[tuple[int, int, int, int]]:
+    found = []
+    for frame in frames(walk_index(path, HEADER)):
+        kind, hash_len, parent_len, count, length = FRAME.unpack_from(frame)
+        assert len(frame) == FRAME.size + length
+        found.append((kind, hash_len, parent_len, count))
+    return found
+
+
+def test_empty_index_is_sound(tmp_path: Path) -> None:
+    fill(tmp_path / "index", []).close()
+    assert kinds(tmp_path / "index") == [(SLABS, 0, 0, 1), (END, 0, 0, 0)]
+
+
+def test_frames_ascend_in_depth_and_share_what_has_one_shape(tmp_path: Path) -> None:
+    fill(tmp_path / "index", [2, 0, 1, 0, 3]).close()
+    assert kinds(tmp_path / "index")[1:-1] == [(BLOCKS, 32, 0, 2), (BLOCKS, 32, 32, 3)]
+
+
+def test_frames_are_bounded(tmp_path: Path) -> None:
+    count = 2 * FRAME_BLOCKS_MAX + 10
+    fill(tmp_path / "index", [1] * count).close()
+    assert [frame[3] for frame in kinds(tmp_path / "index")[1:-1]] == [FRAME_BLOCKS_MAX, FRAME_BLOCKS_MAX, 10]
+
+
+def test_hashes_of_other_lengths_have_frames_of_their_own(tmp_path: Path) -> None:
+    short = SlabOwner(1, bytes(32), 0, 1, 8000, 8192, 16, 16, "short")
+    fill(tmp_path / "index", [0, 1, 2]).close()
+    fill(tmp_path / "index", [0, 1], slab=1, owner=short).close()
+    assert [frame[:3] for frame in kinds(tmp_path / "index")[1:-1]] == [
+        (BLOCKS, 16, 0),
+        (BLOCKS, 16, 16),
+        (BLOCKS, 32, 0),
+        (BLOCKS, 32, 32),
+    ]
+
+
+def test_index_that_was_never_completed_is_refused(tmp_path: Path) -> None:
+    index = Index(tmp_path / "index", HEADER)
+    index.apply(Batch(), whole=False)
+    index.close()
+    with pytest.raises(Corrupt, match="does not say"):
+        walk_index(tmp_path / "index", HEADER)
+
+
+def test_index_of_another_drive_is_refused(tmp_path: Path) -> None:
+    fill(tmp_path / "index", [0]).close()
+    with pytest.raises(Corrupt, match="of another drive"):
+        walk_index(tmp_path / "index", DriveHeader(bytes(range(16)), 64 << 20, 4, 1))
+
+
+def test_damaged_record_is_refused(tmp_path: Path) -> None:
+    index = fill(tmp_path / "index", [0, 1])
+    with index._env.begin(write=True) as txn:
+        value = bytearray(bytes(txn.get(slot_key(0, 1), db=index._slots) or b""))
+        value[30] ^= 1
+        txn.put(slot_key(0, 1), bytes(value), db=index._slots)
+    index.close()
+    with pytest.raises(Corrupt, match="record is damaged"):
+        walk_index(tmp_path / "index", HEADER)
+
+
+def test_slab_beyond_the_drive_is_refused(tmp_path: Path) -> None:
+    fill(tmp_path / "index", [0], slab=4).close()
+    with pytest.raises(Corrupt, match="beyond the drive"):
+        walk_index(tmp_path / "index", HEADER)
+
+
+def arguments(path: Path) -> list[str]:
+    return [str(path / "index"), str(path / "copy"), HEADER.drive_id.hex(), str(HEADER.slab_bytes), str(HEADER.slabs)]
+
+
+def test_child_leaves_a_copy_that_holds_the_same(tmp_path: Path) -> None:
+    fill(tmp_path / "index", [0, 1, 2]).close()
+    output = io.BytesIO()
+    assert main(arguments(tmp_path), output) == 0
+    assert output.getvalue().endswith(FRAME.pack(END, 0, 0, 0, 0))
+    assert walk_index(tmp_path / "copy", HEADER).records == 3
+
+
+def test_child_tells_what_is_wrong_and_fails(tmp_path: Path) -> None:
+    (tmp_path / "index").mkdir()
+    (tmp_path / "index" / "data.mdb").write_bytes(b"no index" * 1000)
+    output = io.BytesIO()
+    assert main(arguments(tmp_path), output) == 1
+    kind, _, _, _, length = FRAME.unpack_from(output.getvalue())
+    assert kind == PROBLEM
+    assert output.getvalue()[FRAME.size :][:length].startswith(b"InvalidError")
+
+
+def test_walk_of_nothing_is_an_error_of_lmdb(tmp_path: Path) -> None:
+    with pytest.raises(lmdb.Error):
+        walk_index(tmp_path / "index", HEADER)
+
+
+def test_child_loads_neither_sockets_nor_the_tier() -> None:
+    """It starts in tens of milliseconds, and cannot hurt what it does not have."""
+    code = (
+        "import sys, forebay.tiers.nvme_walk\n"
+        "loaded = {'zmq', 'msgpack', 'psutil', 'forebay.tiers.nvme', 'forebay.transports'} & set(sys.modules)\n"
+        "assert not loaded, loaded\n"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr

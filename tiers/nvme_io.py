@@ -1,0 +1,544 @@
+"""The I/O of one drive: threads that read and write slots, straight from and into the host's memory.
+
+Threads and preadv rather than an asynchronous interface: it needs nothing of the kernel that a container may forbid,
+and from 256 KiB on it is as fast. Each direction has its own threads, half as many again as its queue depth, so that as
+many calls as that are at the drive while other threads are hashing. Loads go first: while one waits, at most one write
+is under way, so that stores go on but never in a load's way. What a job has in adjacent slots is one call, header pages
+and payloads interleaved.
+
+The interpreter lock is the scarce good here, since the owner thread needs it too. So a thread's own work on a block is
+one unpacking, one comparison and two hashes, and hashing and I/O run without it. The threads do not stand back for the
+owner by their niceness: on two busy cores that halved the owner's tail and cost a quarter of the drive's rate.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import mmap
+import threading
+import time
+from array import array
+from bisect import bisect_left
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Iterator, Sequence
+
+from xxhash import xxh3_64_intdigest
+
+from forebay.tiers.nvme_drive import Drive
+from forebay.tiers.nvme_format import PAGE, check_slot, pack_slot, slot_offset, slot_stride
+from forebay.tiers.nvme_jobs import LATENCY_BOUNDS_S, IoStatus, Latency, LoadJob, WriteJob
+
+log = logging.getLogger(__name__)
+
+CALL_BYTES_MAX = 2 << 20
+"""What one call moves at most, unless a single block is larger."""
+CALL_BLOCKS_MAX = 120
+"""Two buffers a block: virtio and many controllers take no more than about 254 pieces a request."""
+
+_FAILURES_MAX = 3
+_DOWN_MAX_S = 60.0
+_LAST_JOIN_S = 0.1
+"""For all threads together after the deadline: hundreds may hang in the kernel."""
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class Work:
+    """One job on its way through the drives it touches; `statuses` and `checksums` fill up block by block.
+
+    A block is an I/O error until it has been found to be otherwise.
+    """
+
+    __slots__ = ("checksums", "job", "parts_left", "statuses")
+
+    def __init__(self, job: LoadJob | WriteJob, status: IoStatus = IoStatus.IO_ERROR) -> None:
+        self.job = job
+        self.statuses = bytearray([status]) * len(job.slots)
+        self.checksums = array("Q", bytes(8 * len(job.slots)))
+        self.parts_left = 0
+
+
+class Part:
+    """A job's blocks on one drive: `blocks` are positions in the job, `slabs` that drive's own slab numbers."""
+
+    __slots__ = ("blocks", "calls_left", "slabs", "sync_failures", "work")
+
+    def __init__(self, work: Work, blocks: Sequence[int], slabs: Sequence[int]) -> None:
+        self.work = work
+        self.blocks = blocks
+        self.slabs = slabs
+        self.calls_left = 0
+        self.sync_failures = 0
+
+    def fail(self, status: IoStatus) -> None:
+        """Give this status to all blocks that were well so far."""
+        statuses = self.work.statuses
+        for block in self.blocks:
+            statuses[block] = statuses[block] or status
+
+    def written(self) -> list[int]:
+        """Positions within the part of the blocks that are well so far."""
+        statuses = self.work.statuses
+        return [at for at, block in enumerate(self.blocks) if not statuses[block]]
+
+
+Call = tuple[Part, int, list[int]]
+"""One call to be made: its part, the offset in the file, and the positions within the part, in the file's order."""
+
+
+def plan_calls(part: Part, slab_bytes: int) -> list[Call]:
+    """Cut a part into calls: adjacent slots together, at most CALL_BYTES_MAX and CALL_BLOCKS_MAX each."""
+    job, slabs = part.work.job, part.slabs
+    slots, slot_bytes, stride = job.slots, job.slot_bytes, slot_stride(job.slot_bytes)
+    offsets = [slot_offset(slab_bytes, slot_bytes, slab, slots[block]) for slab, block in zip(slabs, part.blocks)]
+    limit = max(1, min(CALL_BLOCKS_MAX, CALL_BYTES_MAX // stride))
+    calls: list[Call] = []
+    run: list[int] = []
+    next_offset = -1
+    for at in sorted(range(len(offsets)), key=offsets.__getitem__):
+        if offsets[at] != next_offset or len(run) == limit:
+            run = []
+            calls.append((part, offsets[at], run))
+            next_offset = offsets[at]
+        run.append(at)
+        next_offset += stride
+    return calls
+
+
+class WriteHealth:
+    """Whether writing to a drive makes sense now. Three failures in a row take it down, for longer each time.
+
+    After the pause one job may try. Counts from several threads may race by one, which changes nothing that matters.
+    """
+
+    def __init__(self, clock: Callable[[], float], down_s: float) -> None:
+        self._clock = clock
+        self._down_first_s = down_s
+        self._failures = 0
+        self._down_s = down_s
+        self._until = 0.0
+        self.reason = ""
+        self.calls_left = 0
+        """Writes that are queued or under way."""
+        self.sync_failures = 0
+        """How often fdatasync has failed. A part that began under another number is not to be believed."""
+
+    def is_down(self) -> bool:
+        return self._failures >= _FAILURES_MAX and self._clock() < self._until
+
+    def failed(self, reason: str) -> None:
+        self.reason = reason
+        self._failures += 1
+        if self._failures >= _FAILURES_MAX and self._clock() >= self._until:
+            self._until = self._clock() + self._down_s
+            self._down_s = min(_DOWN_MAX_S, 2 * self._down_s)
+
+    def worked(self) -> None:
+        self._failures = 0
+        self._down_s = self._down_first_s
+        self.reason = ""
+
+
+class Meter:
+    """What one direction has done: I/O calls by duration, bytes, blocks. One a thread, so nobody waits to count."""
+
+    __slots__ = ("blocks", "bytes", "counts", "sum_s")
+
+    def __init__(self) -> None:
+        self.counts = [0] * (len(LATENCY_BOUNDS_S) + 1)
+        self.sum_s = 0.0
+        self.bytes = 0
+        self.blocks = 0
+
+    def add(self, seconds: float, size: int) -> None:
+        self.counts[bisect_left(LATENCY_BOUNDS_S, seconds)] += 1
+        self.sum_s += seconds
+        self.bytes += size
+
+
+def latency_of(meters: Sequence[Meter]) -> Latency:
+    """The histogram of several threads together."""
+    counts = tuple(sum(column) for column in zip(*(meter.counts for meter in meters)))
+    return Latency(counts or (0,) * (len(LATENCY_BOUNDS_S) + 1), sum(meter.sum_s for meter in meters))
+
+
+class Errors:
+    """Blocks lost, by cause; for any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._counts: Counter[str] = Counter()
+
+    def add(self, cause: str, blocks: int = 1) -> None:
+        with self._lock:
+            self._counts[cause] += blocks
+
+    def listed(self) -> tuple[tuple[str, int], ...]:
+        with self._lock:
+            return tuple(sorted(self._counts.items()))
+
+
+class HeaderPages:
+    """A thread's own header pages, all zeros at first, page-aligned as O_DIRECT asks for."""
+
+    def __init__(self) -> None:
+        whole = memoryview(mmap.mmap(-1, CALL_BLOCKS_MAX * PAGE))
+        self.pages = [whole[at : at + PAGE] for at in range(0, len(whole), PAGE)]
+
+
+class CallQueue:
+    """Calls that have not begun, first come first served. A job's are taken out without a look at all the others."""
+
+    __slots__ = ("_count", "_jobs")
+
+    def __init__(self) -> None:
+        self._jobs: OrderedDict[int, deque[Call]] = OrderedDict()
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[Call]:
+        return (call for calls in self._jobs.values() for call in calls)
+
+    def add(self, job_id: int, calls: Sequence[Call]) -> None:
+        if calls:
+            self._jobs.setdefault(job_id, deque()).extend(calls)
+            self._count += len(calls)
+
+    def take(self) -> Call:
+        """The next call; there is one."""
+        job_id, calls = next(iter(self._jobs.items()))
+        call = calls.popleft()
+        if not calls:
+            del self._jobs[job_id]
+        self._count -= 1
+        return call
+
+    def take_job(self, job_id: int) -> Sequence[Call]:
+        """All of one job's."""
+        calls = self._jobs.pop(job_id, ())
+        self._count -= len(calls)
+        return calls
+
+    def take_all(self) -> list[Call]:
+        calls = list(self)
+        self._jobs.clear()
+        self._count = 0
+        return calls
+
+
+class DriveIo:
+    """The threads of one drive. `submit` and `cancel` are the owner's; they never wait for the disk."""
+
+    def __init__(
+        self,
+        drive: Drive,
+        queue_depth: int,
+        health: WriteHealth,
+        errors: Errors,
+        *,
+        loaded: Callable[[Part], None],
+        written: Callable[[Part], None],
+    ) -> None:
+        """`loaded` is called from a thread of ours when all blocks of a part have their status, `written` when all
+        are in the file but perhaps not yet on the medium.
+        """
+        self._drive = drive
+        self._health = health
+        self._errors = errors
+        self._loaded = loaded
+        self._written = written
+        # The lock guards the queues, the counts of calls under way, and `calls_left` of parts.
+        self._lock = threading.Lock()
+        self._load_ready = threading.Condition(self._lock)
+        self._write_ready = threading.Condition(self._lock)
+        self._idle = threading.Condition(self._lock)
+        self._loads = CallQueue()
+        self._writes = CallQueue()
+        self._loading = 0
+        self._checking = 0
+        self._storing = 0
+        self._closed = False
+        self._queue_depth = queue_depth
+        self._may_put = threading.Semaphore(queue_depth)
+        threads = queue_depth + max(1, queue_depth // 2)
+        self.load_meters = [Meter() for _ in range(threads)]
+        self.write_meters = [Meter() for _ in range(threads)]
+        name = drive.directory.name
+        self._threads = [
+            threading.Thread(target=target, args=(meter,), name=f"{kind}-{name}-{index}", daemon=True)
+            for target, kind, meters in (
+                (self._load_forever, "load", self.load_meters),
+                (self._write_forever, "store", self.write_meters),
+            )
+            for index, meter in enumerate(meters)
+        ]
+
+    def start(self) -> None:
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, part: Part) -> None:
+        """Queue a part's calls."""
+        calls = plan_calls(part, self._drive.slab_bytes)
+        part.calls_left = len(calls)
+        writing = isinstance(part.work.job, WriteJob)
+        with self._lock:
+            part.sync_failures = self._health.sync_failures
+            self._health.calls_left += len(calls) if writing else 0
+            (self._writes if writing else self._loads).add(part.work.job.job_id, calls)
+            (self._write_ready if writing else self._load_ready).notify(len(calls))
+
+    def cancel(self, job_id: int) -> None:
+        """End what the job has not begun as CANCELLED; what is under way goes on."""
+        with self._lock:
+            dropped = [call for queue in (self._loads, self._writes) for call in queue.take_job(job_id)]
+            ended = [part for part, _, _ in dropped if self._drop(part)]
+            self._write_ready.notify(len(self._writes))
+        self._end_dropped(dropped, ended)
+
+    def queued_blocks(self) -> tuple[int, int]:
+        """Blocks whose call has not begun: loads, writes."""
+        with self._lock:
+            loads, writes = (sum(len(run) for _, _, run in queue) for queue in (self._loads, self._writes))
+            return loads, writes
+
+    def under_way(self) -> tuple[int, int]:
+        """Calls under way: loads at the drive, writes at the drive or being made ready for it."""
+        return self._loading, self._storing
+
+    def close(self, deadline_s: float) -> bool:
+        """Finish what is queued until the deadline (time.monotonic), cancel the rest. True: no thread is left."""
+        with self._lock:
+            while self._is_busy() and time.monotonic() < deadline_s:
+                self._idle.wait(max(0.0, deadline_s - time.monotonic()))
+            self._closed = True
+            dropped = [*self._loads.take_all(), *self._writes.take_all()]
+            ended = [part for part, _, _ in dropped if self._drop(part)]
+            self._load_ready.notify_all()
+            self._write_ready.notify_all()
+        self._end_dropped(dropped, ended)
+        until_s = max(deadline_s, time.monotonic()) + _LAST_JOIN_S
+        for thread in self._threads:
+            thread.join(max(0.0, until_s - time.monotonic()))
+        return not any(thread.is_alive() for thread in self._threads)
+
+    def _drop(self, part: Part) -> bool:
+        """One call less, made or not; whether it was the part's last."""
+        if isinstance(part.work.job, WriteJob):
+            self._health.calls_left -= 1
+        part.calls_left -= 1
+        return part.calls_left == 0
+
+    def _end_dropped(self, dropped: list[Call], ended: list[Part]) -> None:
+        for part, _, run in dropped:
+            for at in run:
+                part.work.statuses[part.blocks[at]] = IoStatus.CANCELLED
+        for part in ended:
+            self._end(part)
+
+    def _end(self, part: Part) -> None:
+        if isinstance(part.work.job, WriteJob):
+            self._written(part)
+        else:
+            self._loaded(part)
+
+    # --- loads ---
+
+    def _load_forever(self, meter: Meter) -> None:
+        pages = HeaderPages().pages
+        call = self._next_load(None)
+        while call is not None:
+            try:
+                self._load(call, pages, meter)
+            except Exception:  # a bug must cost its blocks, which are I/O errors by now, and neither thread nor queue
+                log.exception("bug while a load was under way")
+                self._errors.add("load_bug", len(call[2]))
+            call = self._next_load(call)
+
+    def _next_load(self, done: Call | None) -> Call | None:
+        """Account for a call that is over and take the next, in one go while there is one; None to end."""
+        call = None
+        with self._lock:
+            ended = done is not None and self._drop(done[0])
+            self._checking -= done is not None
+            if self._may_load():
+                call = self._take_load()
+            else:
+                self._tell_idle()
+        if ended and done is not None:
+            self._loaded(done[0])
+        if call is None:
+            with self._lock:
+                while not self._may_load() and not self._closed:
+                    self._load_ready.wait()
+                call = self._take_load() if self._loads else None
+        return call
+
+    def _take_load(self) -> Call:
+        call = self._loads.take()
+        self._loading += 1
+        if not self._loads and self._writes:
+            self._write_ready.notify(len(self._writes))
+        return call
+
+    def _may_load(self) -> bool:
+        return bool(self._loads) and self._loading < self._queue_depth
+
+    def _let_next_load(self) -> None:
+        """The drive has one call less to do, while its thread goes on to check what came."""
+        with self._lock:
+            self._loading -= 1
+            self._checking += 1
+            if self._loads:
+                self._load_ready.notify()
+
+    def _load(self, call: Call, pages: list[memoryview], meter: Meter) -> None:
+        """Read one call's blocks and give each its status; those that are not right are read once more, singly."""
+        part, offset, run = call
+        job, blocks, statuses = part.work.job, part.blocks, part.work.statuses
+        try:
+            whole = self._read(offset, [job.views[blocks[at]] for at in run], pages, meter)
+        finally:
+            self._let_next_load()
+        again = [index for index, at in enumerate(run) if not whole or not self._check(part, at, pages[index])]
+        for index in again:
+            block = blocks[run[index]]
+            statuses[block] = IoStatus.IO_ERROR
+            there = offset + index * slot_stride(job.slot_bytes)
+            if self._read(there, [job.views[block]], pages, meter) and self._check(part, run[index], pages[0]):
+                self._errors.add("load_reread")
+            else:
+                self._errors.add(f"load_{IoStatus(statuses[block]).name.lower()}")
+        meter.blocks += len(run)
+
+    def _read(self, offset: int, views: list[memoryview], pages: list[memoryview], meter: Meter) -> bool:
+        """Read adjacent slots; whether all of them came."""
+        buffers = [buffer for pair in zip(pages, views) for buffer in pair]
+        wanted = len(views) * (PAGE + len(views[0]))
+        began_s = time.perf_counter()
+        try:
+            got = self._drive.read(buffers, offset)
+        except OSError:
+            got = 0
+        meter.add(time.perf_counter() - began_s, got)
+        return got == wanted
+
+    def _check(self, part: Part, at: int, page: memoryview) -> bool:
+        """Judge one block that was read, and note it."""
+        work, block = part.work, part.blocks[at]
+        job = work.job
+        status, checksum = check_slot(
+            page,
+            job.views[block][: job.payload_bytes],
+            self._drive.drive_id,
+            job.namespace_id,
+            (part.slabs[at], job.slots[block]),
+            job.hashes[block],
+            job.generations[block],
+        )
+        work.statuses[block] = status
+        work.checksums[block] = checksum
+        return status == 0
+
+    # --- writes ---
+
+    def _write_forever(self, meter: Meter) -> None:
+        pages = HeaderPages().pages
+        call = self._next_write(None)
+        while call is not None:
+            try:
+                self._write(call, pages, meter)
+            except Exception:  # a bug must cost its blocks, which are I/O errors by now, and neither thread nor queue
+                log.exception("bug while a write was under way")
+                self._errors.add("write_bug", len(call[2]))
+            call = self._next_write(call)
+
+    def _next_write(self, done: Call | None) -> Call | None:
+        """As `_next_load`."""
+        call = None
+        with self._lock:
+            ended = done is not None and self._drop(done[0])
+            self._storing -= done is not None
+            if self._may_write():
+                call = self._take_write()
+            else:
+                self._tell_idle()
+        if ended and done is not None:
+            self._written(done[0])
+        if call is None:
+            with self._lock:
+                while not self._may_write() and not self._closed:
+                    self._write_ready.wait()
+                call = self._take_write() if self._writes else None
+        return call
+
+    def _take_write(self) -> Call:
+        self._storing += 1
+        return self._writes.take()
+
+    def _may_write(self) -> bool:
+        return bool(self._writes) and (not self._loads or not self._storing)
+
+    def _write(self, call: Call, pages: list[memoryview], meter: Meter) -> None:
+        """Make the headers and write one call's blocks; all or none of them count as written."""
+        part, offset, run = call
+        blocks, statuses = part.blocks, part.work.statuses
+        views = part.work.job.views
+        buffers: list[memoryview] = []
+        for index, at in enumerate(run):
+            self._make_header(part, at, pages[index])
+            buffers += (pages[index], views[blocks[at]])
+        with self._may_put:
+            began_s = time.perf_counter()
+            status, reason, size = self._put(buffers, offset)
+            took_s = time.perf_counter() - began_s
+        meter.add(took_s, size)
+        meter.blocks += len(run)
+        for at in run:
+            statuses[blocks[at]] = status
+        if status is not IoStatus.OK:
+            self._health.failed(reason)
+            self._errors.add(f"write_{status.name.lower()}", len(run))
+
+    def _make_header(self, part: Part, at: int, page: memoryview) -> None:
+        work, block = part.work, part.blocks[at]
+        job = work.job
+        assert isinstance(job, WriteJob)
+        checksum = work.checksums[block] = xxh3_64_intdigest(job.views[block][: job.payload_bytes])
+        pack_slot(
+            page,
+            self._drive.drive_id,
+            job.namespace_id,
+            (part.slabs[at], job.slots[block]),
+            (job.hashes[block], job.parents[block], job.depths[block], job.generations[block]),
+            job.payload_bytes,
+            checksum,
+        )
+
+    def _put(self, buffers: list[memoryview], offset: int) -> tuple[IoStatus, str, int]:
+        """Write it all, trying once more after a short write: that tells a full disk from an accident."""
+        wanted = sum(map(len, buffers))
+        for _ in range(2):
+            try:
+                put = self._drive.write(buffers, offset)
+            except OSError as error:
+                return status_of(error), str(error), 0
+            if put == wanted:
+                return IoStatus.OK, "", put
+        if self._drive.free_bytes() < wanted:
+            return IoStatus.NO_SPACE, "short writes on a full disk", 0
+        return IoStatus.IO_ERROR, "short writes", 0
+
+    def _tell_idle(self) -> None:
+        if self._closed or not self._is_busy():
+            self._idle.notify_all()
+
+    def _is_busy(self) -> bool:
+        return bool(self._loads or self._writes or self._loading or self._checking or self._storing)
+
+
+def status_of(error: OSError) -> IoStatus:
+    """Of a write that failed."""
+    return IoStatus.NO_SPACE if error.errno in _NO_SPACE else IoStatus.IO_ERROR
