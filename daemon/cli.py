@@ -36,12 +36,13 @@ def parser() -> argparse.ArgumentParser:
         prog="forebay",
         description="A KV-cache store for LLM inference.",
         epilog="exit codes: 0 ok, 1 negative answer, 2 usage or configuration, 3 no daemon, 4 refused or failed, "
-        "5 another daemon runs here",
+        "5 another daemon runs here, or holds the path",
     )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_serve(commands)
     _add_config(commands)
     _add_tools(commands)
+    _add_fsck(commands)
     commands.add_parser("bench", help="measure this machine's daemon and its bounds", add_help=False)
     version = commands.add_parser("version", help="print the version")
     version.add_argument("--json", action="store_true", help="one JSON object")
@@ -114,6 +115,15 @@ def _add_evict(commands: Commands) -> None:
     scope.add_argument("--prefix", action="store_true", help="also remove all that continues the blocks named")
     scope.add_argument("--all", action="store_true", help="remove the whole namespace; takes no hashes")
     evict.add_argument("--dry-run", action="store_true", help="only say what would be removed")
+
+
+def _add_fsck(commands: Commands) -> None:
+    text = "check a drive of the nvme tier that no daemon has open"
+    fsck = commands.add_parser("fsck", help=text, description=text)
+    fsck.add_argument("path", metavar="PATH", help="the folder, as nvme.paths names it")
+    fsck.add_argument("--repair", action="store_true", help="make the index anew from the blocks that are sound")
+    fsck.add_argument("--json", action="store_true", help="one JSON object")
+    fsck.set_defaults(run="forebay.daemon.cli_fsck:fsck")
 
 
 def _tool(commands: Commands, name: str, text: str, function: str = "") -> argparse.ArgumentParser:

@@ -19,6 +19,8 @@ HEADER = (
     f"{'req/s':>9} {'lookup/s':>9} {'hit':>7} {'read/s':>9} {'GB/s':>7} {'store/s':>9} {'GB/s':>7} "
     f"{'reject/s':>9} {'evict/s':>9} {'fill':>7} {'sess':>5}"
 )
+NVME_HEADER = f" {'promote/s':>9} {'GB/s':>7} {'demote/s':>9} {'GB/s':>7} {'nvme':>7}"
+"""What follows where there is an nvme tier."""
 
 
 _COUNTERS = (
@@ -30,12 +32,18 @@ _COUNTERS = (
     "committed_blocks",
     "committed_bytes",
     "evicted_blocks",
+    "promoted_blocks",
+    "demoted_blocks",
 )
+_NVME_COUNTERS = ("read_bytes", "written_bytes")
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One interval. Rates are per second of blocks unless named otherwise; ``hit`` and ``fill`` are shares, 0 to 1."""
+    """One interval. Rates are per second of blocks unless named otherwise; ``hit`` and the fills are shares, 0 to 1.
+
+    What concerns the nvme tier is 0 where there is none.
+    """
 
     interval_s: float
     requests_s: float
@@ -49,12 +57,24 @@ class Line:
     evicted_blocks_s: float
     fill: float
     sessions: int
+    promoted_blocks_s: float
+    nvme_read_gb_s: float
+    demoted_blocks_s: float
+    nvme_written_gb_s: float
+    nvme_fill: float
 
     def text(self) -> str:
         return (
             f"{self.requests_s:9.1f} {self.lookups_s:9.1f} {self.hit:7.1%} {self.read_blocks_s:9.1f} "
             f"{self.read_gb_s:7.3f} {self.stored_blocks_s:9.1f} {self.stored_gb_s:7.3f} {self.rejected_blocks_s:9.1f} "
             f"{self.evicted_blocks_s:9.1f} {self.fill:7.1%} {self.sessions:5d}"
+        )
+
+    def nvme_text(self) -> str:
+        """The columns under NVME_HEADER."""
+        return (
+            f" {self.promoted_blocks_s:9.1f} {self.nvme_read_gb_s:7.3f} {self.demoted_blocks_s:9.1f} "
+            f"{self.nvme_written_gb_s:7.3f} {self.nvme_fill:7.1%}"
         )
 
 
@@ -64,15 +84,15 @@ def totals(document: Mapping[str, Any]) -> dict[str, float]:
     rejected = sum(count for name, count in counters.items() if name.startswith("rejected_"))
     requests = sum(verb.get("requests", 0) for verb in document.get("verbs", []))
     found = {name: counters.get(name, 0) for name in _COUNTERS}
-    return {**found, "rejected": rejected, "requests": requests}
+    nvme = document.get("nvme") or {}
+    moved = {f"nvme_{name}": nvme.get(name, 0) for name in _NVME_COUNTERS}
+    return {**found, **moved, "rejected": rejected, "requests": requests}
 
 
 def line_between(before: Mapping[str, Any], after: Mapping[str, Any], interval_s: float) -> Line:
     """The activity between two status documents of one daemon run."""
     old, new = totals(before), totals(after)
     delta = {name: new[name] - old[name] for name in new}
-    tiers = after.get("store", {}).get("tiers", [])
-    capacity = sum(tier.get("capacity_bytes", 0) for tier in tiers)
     return Line(
         interval_s=interval_s,
         requests_s=delta["requests"] / interval_s,
@@ -84,9 +104,21 @@ def line_between(before: Mapping[str, Any], after: Mapping[str, Any], interval_s
         stored_gb_s=delta["committed_bytes"] / interval_s / 1e9,
         rejected_blocks_s=delta["rejected"] / interval_s,
         evicted_blocks_s=delta["evicted_blocks"] / interval_s,
-        fill=sum(tier.get("resident_bytes", 0) for tier in tiers) / capacity if capacity else 0.0,
+        fill=_fill(after, "host"),
         sessions=after.get("store", {}).get("sessions", 0),
+        promoted_blocks_s=delta["promoted_blocks"] / interval_s,
+        nvme_read_gb_s=delta["nvme_read_bytes"] / interval_s / 1e9,
+        demoted_blocks_s=delta["demoted_blocks"] / interval_s,
+        nvme_written_gb_s=delta["nvme_written_bytes"] / interval_s / 1e9,
+        nvme_fill=_fill(after, "nvme"),
     )
+
+
+def _fill(document: Mapping[str, Any], name: str) -> float:
+    """The share of a tier's capacity that holds blocks; 0 where there is no such tier."""
+    tiers = [tier for tier in document.get("store", {}).get("tiers", []) if tier.get("tier") == name]
+    capacity = sum(tier.get("capacity_bytes", 0) for tier in tiers)
+    return sum(tier.get("resident_bytes", 0) for tier in tiers) / capacity if capacity else 0.0
 
 
 def lines(
@@ -108,14 +140,15 @@ def lines(
 def stat(arguments: argparse.Namespace, link: ControlLink) -> int:
     """Print until ``--count`` lines are out, the daemon goes, or Ctrl-C."""
     never = threading.Event()
+    nvme = bool(fetch_status(link).get("nvme"))
     made = lines(lambda: fetch_status(link), never.wait, time.monotonic, arguments.interval)
     for number, line in enumerate(made, 1):
         if arguments.json:
             print(json.dumps(asdict(line)), flush=True)
         else:
             if number % HEADER_EVERY == 1:
-                print(HEADER)
-            print(line.text(), flush=True)
+                print(HEADER + NVME_HEADER * nvme)
+            print(line.text() + line.nvme_text() * nvme, flush=True)
         if number == arguments.count:
             break
     return Exit.OK

@@ -61,7 +61,10 @@ def _tiers(document: Document, store: Document) -> list[str]:
     for tier in store.get("tiers", []):
         about = memory.get(tier.get("tier"), {})
         lines.append(_tier(tier, about))
-        lines += [f"  warning: {printable(warning, 300)}" for warning in about.get("warnings", ())]
+        detail = document.get("nvme") if tier.get("tier") == "nvme" else None
+        lines += _nvme(detail, store) if detail else []
+        said = {drive.get("reason") for drive in (detail or {}).get("drives", ())}
+        lines += [f"  warning: {printable(text, 300)}" for text in about.get("warnings", ()) if text not in said]
     return lines
 
 
@@ -69,8 +72,64 @@ def _tier(tier: Document, about: Document) -> str:
     held, capacity = tier.get("resident_bytes", 0), tier.get("capacity_bytes", 0)
     filled = f"tier {tier.get('tier')}: {size(held)} of {size(capacity)} ({percent(held, capacity)})"
     slabs = f"slabs {tier.get('slabs_assigned', 0)} of {tier.get('slabs_total', 0)} x {size(tier.get('slab_bytes', 0))}"
+    if tier.get("tier") == "nvme":
+        return f"{filled}, {slabs}"
     touched = f"populated {size(about.get('populated_bytes', 0))}, locked {size(about.get('locked_bytes', 0))}"
     return f"{filled}, {slabs}, pages {about.get('pages', '?')}, {touched}"
+
+
+def _nvme(detail: Document, store: Document) -> list[str]:
+    """What only the nvme tier has to say: a line for each drive, then what all of them did and may still do."""
+    movement, counters = store.get("movement") or {}, store.get("counters", {})
+    lines = [f"  drive {printable(drive.get('path', '?'), 200)}: {_drive(drive)}" for drive in detail.get("drives", ())]
+    moved = f"read {size(detail.get('read_bytes', 0))}, written {size(detail.get('written_bytes', 0))}"
+    blocks = f"promoted {counters.get('promoted_blocks', 0)}, demoted {counters.get('demoted_blocks', 0)} blocks"
+    lines.append(f"  {moved}, {blocks}, only in memory {movement.get('dirty_blocks', 0)}{_restored(detail, counters)}")
+    return lines + [f"  {text}" for text in (_wear(detail, movement), _damage(detail, counters)) if text]
+
+
+def _drive(drive: Document) -> str:
+    if not drive.get("up"):
+        return f"DOWN: {printable(drive.get('reason', ''), 300)}"
+    io = f"{drive.get('io', '?')} I/O" + _because(drive.get("io_reason"))
+    reads = f"reads {drive.get('loading', 0)} + {drive.get('queued_load_blocks', 0)} queued"
+    writes = f"writes {drive.get('storing', 0)} + {drive.get('queued_write_blocks', 0)} queued"
+    paused = "" if drive.get("writing", True) else f", WRITING PAUSED{_because(drive.get('reason'))}"
+    state = f"index {drive.get('index', '?')}{_because(drive.get('index_reason'))}"
+    index = f"{state}, {drive.get('index_records', 0)} blocks"
+    waiting = f", {drive['index_queue']} changes waiting" if drive.get("index_queue") else ""
+    return f"up, {io}, {reads}, {writes}{paused}, {index}{waiting}"
+
+
+def _because(reason: str | None) -> str:
+    return f" ({printable(reason, 200)})" if reason else ""
+
+
+def _restored(detail: Document, counters: Document) -> str:
+    found = f", restored {counters.get('restored_blocks', 0)}"
+    if detail.get("restored", True):
+        return found
+    return f"{found}, RESTORING {percent(detail.get('restored_fraction', 0.0), 1.0)}"
+
+
+def _wear(detail: Document, movement: Document) -> str:
+    """Empty where nothing about wear is configured."""
+    said = []
+    per_day, life = movement.get("budget_bytes_per_day", 0), detail.get("life_bytes", 0)
+    if per_day:
+        said.append(f"write budget {size(per_day)} a day, {size(movement.get('budget_left_bytes', 0))} left at once")
+    if life:
+        written = sum(drive.get("lifetime_written_bytes", 0) for drive in detail.get("drives", ()))
+        said.append(f"drive life left {percent(life - written, life)} ({size(written)} of {size(life)} written)")
+    return ", ".join(said)
+
+
+def _damage(detail: Document, counters: Document) -> str:
+    """Empty where all is well."""
+    counts = [(name, counters.get(f"{name}_blocks", 0)) for name in ("corrupt", "stale")]
+    counts += [(printable(str(cause), 40), count) for cause, count in detail.get("errors", ())]
+    said = ", ".join(f"{name} {count}" for name, count in counts if count)
+    return f"blocks in error: {said}" if said else ""
 
 
 def _activity(document: Document, store: Document) -> list[str]:

@@ -47,6 +47,12 @@ def _auto_slab_bytes(_: Machine, before: Mapping[str, Any]) -> int:
     return wanted
 
 
+def _auto_nvme_slab_bytes(_: Machine, before: Mapping[str, Any]) -> int:
+    """About 256 slabs a drive; a power of two from 2 MiB to 1 GiB."""
+    share = max(1, int(before["bytes"])) // 256
+    return max(2 * MIB, min(GIB, 1 << (share | 1).bit_length() - 1))
+
+
 def _auto_populate_threads(machine: Machine, _: Mapping[str, Any]) -> int:
     return max(1, min(8, machine.cpus // 2))
 
@@ -117,6 +123,75 @@ class HostConfig:
         "integer", -1, "node number",
         "NUMA node that the slabs are allocated on; copies are fastest from the node of the engine. -1: any node.",
         low=-1, high=1023,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NvmeConfig:
+    """The nvme tier: blocks that no longer fit in memory, on local drives, over restarts. Off without a path."""
+
+    paths: tuple[str, ...] = setting(
+        "paths", [], "folders",
+        "One folder for each drive, made where it does not exist, used by one daemon only; blocks are spread over all. "
+        "Empty: no nvme tier. A file system on the drive itself (ext4, xfs) is meant: in memory, over a network or "
+        "beside the operating system it works, with a warning.",
+    )  # fmt: skip
+    bytes: int = setting(
+        "size", "64GiB", "bytes",
+        "Hard cap of the file in each folder, allocated at the first start. A tier that exists is not resized: with "
+        "another size the daemon says so and runs without it.",
+        low=4 * MIB,
+    )  # fmt: skip
+    slab_bytes: int = setting(
+        "size", "auto", "bytes",
+        "Part of a drive given to one namespace shard at a time; no block can be larger. auto: 1/256 of nvme.bytes, "
+        "2 MiB to 1 GiB.",
+        low=1 * MIB, high=64 * GIB, auto=_auto_nvme_slab_bytes,
+    )  # fmt: skip
+    queue_depth: int = setting(
+        "integer", 8, "requests",
+        "Reads, and again writes, under way at each drive at one time; more may be faster on large drives and makes "
+        "each read wait longer behind the others.",
+        low=1, high=256,
+    )  # fmt: skip
+    window_bytes: int = setting(
+        "size", "256MiB", "bytes",
+        "Most bytes on their way to the drives at one time, durable ones not counted; those blocks cannot leave memory "
+        "meanwhile. Never more than a quarter of host.bytes. Too little leaves the drives idle between index flushes.",
+        low=1 * MIB, high=16 * GIB, reloads=True,
+    )  # fmt: skip
+    clean_share: float = setting(
+        "number", 0.05, "share of a namespace's blocks",
+        "How much of memory, coldest first, is kept written ahead, so that room is made without waiting for a drive: "
+        "more bears longer bursts of stores, less writes fewer blocks that are asked for again.",
+        low=0.005, high=0.5, reloads=True,
+    )  # fmt: skip
+    idle_s: float = setting(
+        "number", 2.0, "seconds",
+        "Without a request for so long, what is only in memory is written too, so that a crash loses less.",
+        low=0.1, high=86_400, reloads=True,
+    )  # fmt: skip
+    drive_bytes: int = setting(
+        "size", 0, "bytes",
+        "Capacity of all the drives together as their maker sells them; with nvme.dwpd and nvme.drive_years it limits "
+        "what is written. 0: unlimited, unless nvme.write_bytes_per_day says otherwise.",
+        low=0,
+    )  # fmt: skip
+    dwpd: float = setting(
+        "number", 1.0, "drive writes a day",
+        "What the drives are rated for: nvme.drive_bytes times this may be written in a day, evenly.",
+        low=0.001, high=100,
+    )  # fmt: skip
+    drive_years: float = setting(
+        "number", 5.0, "years",
+        "How long the drives are rated to bear that; only for the drive life left that status and metrics show.",
+        low=0.1, high=100,
+    )  # fmt: skip
+    write_bytes_per_day: int = setting(
+        "size", 0, "bytes",
+        "Most bytes written to the drives in a day, evenly, with bursts of at most an hour's share; beyond it blocks "
+        "leave memory unwritten, and are counted. 0: what nvme.drive_bytes and nvme.dwpd make.",
+        low=0,
     )  # fmt: skip
 
 
@@ -227,6 +302,12 @@ class ShutdownConfig:
         "the service manager's stop time-out.",
         low=0, high=3600, reloads=True,
     )  # fmt: skip
+    flush_s: float = setting(
+        "number", 30.0, "seconds",
+        "Longest time after that in which blocks that are only in memory are written to the nvme tier, those last used "
+        "first; together with shutdown.drain_s it must stay below the service manager's stop time-out.",
+        low=0, high=3600, reloads=True,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -235,6 +316,7 @@ class Config:
 
     runtime: RuntimeConfig
     host: HostConfig
+    nvme: NvmeConfig
     limits: LimitsConfig
     leases: LeasesConfig
     metrics: MetricsConfig
@@ -245,6 +327,7 @@ class Config:
 SECTIONS: dict[str, type[Any]] = {
     "runtime": RuntimeConfig,
     "host": HostConfig,
+    "nvme": NvmeConfig,
     "limits": LimitsConfig,
     "leases": LeasesConfig,
     "metrics": MetricsConfig,
@@ -260,6 +343,8 @@ class Derived:
     slabs: int
     capacity_bytes: int
     listen: Listen
+    write_bytes_per_day: int
+    drive_life_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -339,7 +424,15 @@ def keep_unsafe(old: Config, new: Config) -> Config:
 def derive(config: Config) -> Derived:
     """Values that follow from several keys."""
     slabs = config.host.bytes // config.host.slab_bytes
-    return Derived(slabs, slabs * config.host.slab_bytes, read_listen(config.metrics.listen))
+    nvme = config.nvme
+    rated_bytes_per_day = int(nvme.drive_bytes * nvme.dwpd)
+    return Derived(
+        slabs=slabs,
+        capacity_bytes=slabs * config.host.slab_bytes,
+        listen=read_listen(config.metrics.listen),
+        write_bytes_per_day=nvme.write_bytes_per_day or rated_bytes_per_day,
+        drive_life_bytes=int(rated_bytes_per_day * 365 * nvme.drive_years),
+    )
 
 
 def build(raw: Mapping[str, Any] | None = None, machine: Machine | None = None) -> Config:
@@ -413,6 +506,10 @@ def _cross_checks(config: Config, machine: Machine) -> list[str]:
         problems.append(f'host.slab_bytes: {host.slab_bytes} is not a multiple of 2MiB, as host.pages "hugetlb" needs')
     if host.slab_bytes > host.bytes:
         problems.append(f"host.slab_bytes: {host.slab_bytes} is more than host.bytes, {host.bytes}")
+    if config.nvme.slab_bytes % 4096:
+        problems.append(f"nvme.slab_bytes: {config.nvme.slab_bytes} is not a multiple of 4096")
+    if config.nvme.slab_bytes + MIB > config.nvme.bytes:
+        problems.append(f"nvme.slab_bytes: {config.nvme.slab_bytes} does not fit into nvme.bytes, {config.nvme.bytes}")
     if limits.hashes * HASH_BYTES_MAX + 4096 > limits.message_bytes:
         problems.append(f"limits.message_bytes: {limits.message_bytes} has no room for limits.hashes = {limits.hashes}")
     if config.leases.ttl_ms > config.leases.ttl_max_ms:

@@ -61,6 +61,11 @@ class LiveSlabs:
         live = self._live[ns, slab]
         return self._tier.slab_fd(live.physical), live.table.fd
 
+    def view(self, ns: int, slab: int) -> memoryview | None:
+        """A live slab's bytes in this process, mapped on first use; None where its memory could not be had."""
+        live = self._live.get((ns, slab))
+        return None if live is None else self._tier.view(live.physical)
+
     def close(self) -> None:
         """Let go of every table; readers that are still copying fail."""
         for live in self._live.values():

@@ -43,11 +43,11 @@ class Mailbox(Generic[T]):
             return None
 
     def wake(self) -> None:
-        """End the owner's wait."""
+        """End the owner's wait. For any thread; does nothing once closed."""
         try:
             os.write(self.write_fd, b"\0")
-        except BlockingIOError:
-            return  # full of wake-ups already
+        except OSError:  # full of wake-ups already, or closed under a thread that the daemon no longer waits for
+            return
 
     def answer(self, make: Callable[[], T]) -> None:
         """Called by the owner when `fileno` is readable: everybody who waits gets one answer made now."""
@@ -68,5 +68,7 @@ class Mailbox(Generic[T]):
                 question.set_result(made)
 
     def close(self) -> None:
-        os.close(self._read_fd)
-        os.close(self.write_fd)
+        read_fd, write_fd = self._read_fd, self.write_fd
+        self._read_fd = self.write_fd = -1
+        os.close(read_fd)
+        os.close(write_fd)

@@ -8,7 +8,7 @@ objects, which count on the owner thread and could disagree with the status docu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Literal
@@ -20,6 +20,8 @@ from prometheus_client.registry import Collector
 from forebay.daemon.counters import LATENCY_BOUNDS_S
 from forebay.daemon.status import SERVING, DaemonSnapshot
 from forebay.kvstore.stats import Counters, NamespaceStats, TierStats
+from forebay.tiers import nvme_jobs
+from forebay.tiers.nvme_jobs import DriveInfo
 
 NAMESPACES_MAX = 32
 REST = "rest"
@@ -65,6 +67,33 @@ def _tier_memory(field: str, meaning: str) -> Family:
     return Family(
         f"forebay_tier_{field}", "gauge", ("tier",), meaning,
         lambda snapshot: [((tier.tier,), getattr(tier, field)) for tier in snapshot.tiers],
+    )  # fmt: skip
+
+
+def _movement(field: str, meaning: str) -> Family:
+    """A gauge of what is between the tiers; nothing where there is no nvme tier."""
+    return Family(
+        f"forebay_nvme_{field}", "gauge", (), meaning,
+        lambda snapshot: [((), getattr(snapshot.store.movement, field))] if snapshot.store.movement else [],
+    )  # fmt: skip
+
+
+def _drives(snapshot: DaemonSnapshot) -> tuple[DriveInfo, ...]:
+    return snapshot.nvme.drives if snapshot.nvme else ()
+
+
+def _drive(field: str, meaning: str) -> Family:
+    """A gauge of each drive."""
+    return Family(
+        f"forebay_nvme_drive_{field}", "gauge", ("path",), meaning,
+        lambda snapshot: [((drive.path,), getattr(drive, field)) for drive in _drives(snapshot)],
+    )  # fmt: skip
+
+
+def _nvme_counter(field: str, meaning: str) -> Family:
+    return Family(
+        f"forebay_nvme_{field}_total", "counter", (), meaning,
+        lambda snapshot: [((), getattr(snapshot.nvme, field))] if snapshot.nvme else [],
     )  # fmt: skip
 
 
@@ -140,7 +169,7 @@ FAMILIES: tuple[Family, ...] = (
     _core("committed_blocks", "Blocks made visible"),
     _core("committed_bytes", "Bytes of the blocks made visible"),
     _core("aborted_blocks", "Blocks reserved and given back unwritten"),
-    _core("evicted_blocks", "Blocks dropped for space"),
+    _core("evicted_blocks", "Blocks dropped for space: no tier has them any more"),
     _core("removed_blocks", "Blocks dropped on request"),
     # Tiers
     _tier_memory("up", "1 while the tier works"),
@@ -157,13 +186,64 @@ FAMILIES: tuple[Family, ...] = (
     _tier_memory("locked_bytes", "Memory that cannot be swapped"),
     Family("forebay_tier_warnings", "gauge", ("tier",), "Warnings the tier gives in the status",
            lambda snapshot: [((tier.tier,), len(tier.warnings)) for tier in snapshot.tiers]),
+    # Between host memory and nvme
+    _core("released_blocks", "Blocks that left host memory for space and stay on nvme"),
+    _core("evicted_unwritten_blocks", "Of the blocks evicted, those that were never written to nvme"),
+    _core("promoted_blocks", "Blocks brought from nvme to host memory"),
+    _core("promoted_bytes", "Bytes of those"),
+    _core("promotions_full_blocks", "Blocks not brought for want of room in host memory"),
+    _core("promotions_cancelled_blocks", "Blocks not brought because nobody waited for them any more"),
+    _core("promotions_failed_blocks", "Blocks that could not be read from nvme"),
+    _core("corrupt_blocks", "Blocks whose checksum was wrong; none of them was served"),
+    _core("stale_blocks", "Places on nvme that turned out to hold another block"),
+    _core("demoted_blocks", "Blocks written to nvme"),
+    _core("demoted_bytes", "Bytes of those"),
+    _core("demotions_failed_blocks", "Blocks that could not be written to nvme"),
+    _core("restored_blocks", "Blocks of an earlier life found on nvme"),
+    _core("restored_dropped_blocks", "Blocks of an earlier life that were not taken in"),
+    _movement("loads", "Transfers from nvme under way"),
+    _movement("loading_blocks", "Blocks on their way from nvme"),
+    _movement("writes", "Transfers to nvme under way"),
+    _movement("writing_blocks", "Blocks on their way to nvme"),
+    _movement("writing_bytes", "Bytes on their way to nvme"),
+    _movement("dirty_blocks", "Blocks that are in host memory only, where there is an nvme tier"),
+    _movement("ready", "1 when the nvme tier has told which of its slabs are in use"),
+    _movement("budget_bytes_per_day", "Bytes that may be written to nvme in a day; 0: any number"),
+    _movement("budget_left_bytes", "Bytes that may be written to nvme at once; -1: any number"),
+    _drive("up", "1 while the drive is used"),
+    Family("forebay_nvme_drive_direct", "gauge", ("path",), "1 with direct I/O, 0 where the file system refused it",
+           lambda snapshot: [((drive.path,), drive.io == "direct") for drive in _drives(snapshot)]),
+    _drive("writing", "0 while writing pauses after errors"),
+    _drive("queued_load_blocks", "Blocks waiting to be read"),
+    _drive("queued_write_blocks", "Blocks waiting to be written"),
+    _drive("loading", "Reads under way at the drive"),
+    _drive("storing", "Writes under way at the drive"),
+    _drive("index_records", "Blocks in the drive's index"),
+    _drive("index_queue", "Changes waiting for the drive's index"),
+    _drive("lifetime_written_bytes", "Bytes written to the drive's slots, over all restarts"),
+    Family("forebay_nvme_index_up", "gauge", ("path",), "1 while the drive's index is read and written as it should be",
+           lambda snapshot: [((drive.path,), drive.index == "up") for drive in _drives(snapshot)]),
+    _nvme_counter("read_bytes", "Bytes read from the drives, header pages included"),
+    _nvme_counter("written_bytes", "Bytes written to the drives, header pages included"),
+    _nvme_counter("read_blocks", "Blocks read from the drives"),
+    _nvme_counter("written_blocks", "Blocks written to the drives"),
+    Family("forebay_nvme_errors_total", "counter", ("cause",), "Blocks that the nvme tier failed with, by cause",
+           lambda snapshot: [((cause.lower(),), count)
+                             for cause, count in (snapshot.nvme.errors if snapshot.nvme else ())]),
+    Family("forebay_nvme_io_seconds", "histogram", ("direction",), "Time of one I/O call, several blocks in some",
+           lambda snapshot: []),
+    Family("forebay_nvme_life_bytes", "gauge", (), "Bytes that all drives together are rated for; 0: not configured",
+           lambda snapshot: [((), snapshot.nvme.life_bytes)] if snapshot.nvme else []),
+    Family("forebay_nvme_restored_fraction", "gauge", (), "How much of what is on nvme has been found since the start",
+           lambda snapshot: [((), snapshot.nvme.restored_fraction)] if snapshot.nvme else []),
     _core("slabs_assigned", "Slabs given to a namespace"),
     _core("slabs_retired", "Slabs taken back from a namespace"),
     # Namespaces
     _gauge("forebay_namespaces", "Namespace groups known", lambda snapshot: len(snapshot.store.namespaces)),
     _namespace("blocks", "Complete or partial blocks of a namespace"),
     _namespace("pinned_blocks", "Pinned blocks of a namespace"),
-    _namespace("resident_bytes", "Bytes of a namespace's blocks, all shards"),
+    _namespace("resident_bytes", "Bytes of a namespace's blocks in host memory, all shards"),
+    _namespace("nvme_resident_bytes", "Bytes of a namespace's blocks on nvme, all shards"),
     # Requests
     Family("forebay_requests_total", "counter", ("verb",), "Requests answered, errors included",
            lambda snapshot: [((verb.verb,), verb.requests) for verb in snapshot.verbs]),
@@ -200,7 +280,7 @@ class SnapshotCollector(Collector):
 
 def _metric(family: Family, snapshot: DaemonSnapshot) -> Metric:
     if family.kind == "histogram":
-        return _latency(family, snapshot)
+        return _histogram(family, snapshot)
     make = CounterMetricFamily if family.kind == "counter" else GaugeMetricFamily
     metric = make(family.name, family.meaning, labels=family.labels)
     for labels, value in family.read(snapshot):
@@ -208,13 +288,29 @@ def _metric(family: Family, snapshot: DaemonSnapshot) -> Metric:
     return metric
 
 
-def _latency(family: Family, snapshot: DaemonSnapshot) -> Metric:
+def _histogram(family: Family, snapshot: DaemonSnapshot) -> Metric:
     metric = HistogramMetricFamily(family.name, family.meaning, labels=family.labels)
-    bounds = [str(bound) for bound in LATENCY_BOUNDS_S] + ["+Inf"]
-    for verb in snapshot.verbs:
-        buckets = list(zip(bounds, map(float, accumulate(verb.latency_counts)), strict=True))
-        metric.add_metric((verb.verb,), buckets, verb.latency_sum_s)
+    bounds, series = _HISTOGRAMS[family.name](snapshot)
+    edges = [str(bound) for bound in bounds] + ["+Inf"]
+    for label, counts, total_s in series:
+        metric.add_metric((label,), list(zip(edges, map(float, accumulate(counts)), strict=True)), total_s)
     return metric
+
+
+Histogram = tuple[Sequence[float], Iterable[tuple[str, Sequence[int], float]]]
+
+
+def _request_seconds(snapshot: DaemonSnapshot) -> Histogram:
+    return LATENCY_BOUNDS_S, [(verb.verb, verb.latency_counts, verb.latency_sum_s) for verb in snapshot.verbs]
+
+
+def _io_seconds(snapshot: DaemonSnapshot) -> Histogram:
+    info = snapshot.nvme
+    directions = (("load", info.load_latency), ("write", info.write_latency)) if info is not None else ()
+    return nvme_jobs.LATENCY_BOUNDS_S, [(name, latency.counts, latency.sum_s) for name, latency in directions]
+
+
+_HISTOGRAMS = {"forebay_request_seconds": _request_seconds, "forebay_nvme_io_seconds": _io_seconds}
 
 
 def exposition(snapshot: DaemonSnapshot) -> bytes:

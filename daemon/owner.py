@@ -11,7 +11,7 @@ import logging
 import os
 import select
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import forebay
 from forebay.daemon import status
@@ -19,12 +19,13 @@ from forebay.daemon.counters import RequestCounters
 from forebay.daemon.live_slabs import LiveSlabs
 from forebay.daemon.logging import fields
 from forebay.daemon.mailbox import Mailbox
+from forebay.daemon.mover import Mover
 from forebay.daemon.sessions import Sessions
 from forebay.daemon.status import DaemonSnapshot, LoopStats
 from forebay.daemon.verbs import Verbs
 from forebay.kvstore.errors import ForebayError, Internal, TierFull, UnknownSession
 from forebay.kvstore.store import Store
-from forebay.tiers.base import Tier
+from forebay.tiers.base import Describable
 from forebay.transports.codec import Envelope, decode_request, encode_error, encode_reply, request_id_of
 from forebay.transports.messages import REQUESTS, ClearRequest, EvictRequest, PingRequest, Reply, ReserveRequest
 from forebay.transports.zmq_sockets import ControlServer
@@ -33,7 +34,7 @@ log = logging.getLogger(__name__)
 
 _NAMES = {request: verb.name.lower() for verb, request in REQUESTS.items()}
 _AFTER_RELEASES = (ReserveRequest, EvictRequest, ClearRequest)
-_CATCH_UP_MAX = 64
+_CATCH_UP_MAX = 512
 _ROUNDS_MAX = 8
 _TICK_S = 1.0
 _TICK_MS = 1000
@@ -52,19 +53,21 @@ class Owner:
     def __init__(
         self,
         *,
+        mailbox: Mailbox[DaemonSnapshot],
         store: Store,
         verbs: Verbs,
         server: ControlServer,
         sessions: Sessions,
         memory: LiveSlabs,
-        tiers: tuple[Tier, ...],
+        tiers: Sequence[Describable],
+        mover: Mover | None = None,
         boot_id: bytes,
         runtime_dir: str,
         message_bytes_max: int,
         tick: Callable[[float], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.mailbox: Mailbox[DaemonSnapshot] = Mailbox()
+        self.mailbox = mailbox
         self.last_turn_s = clock()
         self._store = store
         self._verbs = verbs
@@ -72,6 +75,7 @@ class Owner:
         self._sessions = sessions
         self._memory = memory
         self._tiers = tiers
+        self._mover = mover
         self._boot_id = boot_id
         self._runtime_dir = runtime_dir
         self._message_bytes_max = message_bytes_max
@@ -80,6 +84,8 @@ class Owner:
         self._counters = RequestCounters()
         self._started_s = self._next_tick_s = clock()
         self._stop_at: float | None = None
+        self._flush_s = 0.0
+        self._flush_until: float | None = None
         self._drained_at: float | None = None
         self._unserved = False
         self._turns = 0
@@ -101,16 +107,23 @@ class Owner:
             if message is None or self._unserved:
                 self._serve_descriptors(started)
             self._keep_time(started)
+            if self._mover is not None:
+                self._store.plan_writes(started)
+                self.carry_out()
             took_s = self._clock() - started
             self._turns += 1
             self._busy_s += took_s
             if took_s > self._longest_turn_s:
                 self._longest_turn_s = took_s
 
-    def stop(self, within_s: float) -> None:
-        """Begin to drain: refuse new work, let leases and reservations end, at most for `within_s`. Idempotent."""
+    def stop(self, within_s: float, flush_s: float = 0.0) -> None:
+        """Begin to drain: refuse new work, let leases and reservations end, at most for `within_s`. Idempotent.
+
+        Then what is only in memory is written to the nvme tier, for at most `flush_s`.
+        """
         if self._stop_at is None:
             self._stop_at = self._clock() + within_s
+            self._flush_s = flush_s
             self._store.drain()
 
     def heartbeat_age_s(self) -> float:
@@ -126,8 +139,9 @@ class Owner:
             uptime_s=self._clock() - self._started_s,
             state=status.DRAINING if self._store.draining else status.SERVING,
             runtime_dir=self._runtime_dir,
-            store=self._store.stats(),
+            store=self._store.stats(self._clock()),
             tiers=tuple(tier.describe() for tier in self._tiers),
+            nvme=self._mover.detail() if self._mover is not None else None,
             refused_sessions=dict(self._sessions.refused),
             verbs=self._counters.freeze(),
             loop=LoopStats(self._turns, self._busy_s, self._longest_turn_s),
@@ -139,34 +153,48 @@ class Owner:
         failure = ""
         if self._store.has_no_effects():
             return failure
-        effects = self._store.drain_effects()
-        while effects.slabs or effects.generations:
+        while effects := self._store.drain_effects():
             done = self._memory.carry_out(effects)
+            if self._mover is not None:
+                self._mover.carry_out(effects, self.last_turn_s)
             for opened, error in done.failed:
                 failure = error.strerror or str(error)
                 log.error("no memory for a slab", extra=fields(ns=opened.ns, slab=opened.slab, error=error))
                 self._store.slab_failed(opened.ns, opened.slab)
             self._sessions.tell_retired(done.retired)
-            effects = self._store.drain_effects()
+            self._sessions.tell_progress(effects.progress)
         return failure
 
     def _stopped(self) -> bool:
-        """Drained, and the last replies had time to be read (a closing socket takes them along), or out of time."""
+        """Drained, and the last replies had time to be read (a closing socket takes them along), or out of time.
+
+        Then flushed, or out of time for that.
+        """
         if self._stop_at is None:
             return False
         now = self._clock()
         if self._drained_at is None and self._store.in_use == 0:
             self._drained_at = now
             self._stop_at = min(self._stop_at, now + _LAST_REPLIES_S)
-        return now >= self._stop_at
+        return now >= self._stop_at and self._flushed(now)
+
+    def _flushed(self, now: float) -> bool:
+        if self._mover is None:
+            return True
+        if self._flush_until is None:
+            self._flush_until = now + self._flush_s
+        busy = now < self._flush_until and self._store.flush(now)
+        self.carry_out()
+        return not busy
 
     def _wait_ms(self) -> int:
         """Until the next deadline, at most a tick; in steps, because a new time-out costs the socket a call."""
         deadline = self._store.next_deadline()
+        stop_at = self._stop_at if self._flush_until is None else self._flush_until
         if deadline is None:
-            deadline = self._stop_at
-        elif self._stop_at is not None:
-            deadline = min(deadline, self._stop_at)
+            deadline = stop_at
+        elif stop_at is not None:
+            deadline = min(deadline, stop_at)
         if deadline is None:
             return _TICK_MS
         wanted_ms = int((deadline - self._clock()) * 1000)
@@ -181,32 +209,48 @@ class Owner:
             self._next_tick_s = now + _TICK_S
             self._sessions.expire_greetings(now)
             self._server.watch()
+            self._store.sweep(now)
             self._tick(now)
 
     def _serve_descriptors(self, now: float) -> None:
         """Everything but requests, until nothing is ready: the bell rings once for what is new.
 
-        Bounded, so that a client that floods its session cannot keep others' requests waiting: what is left is taken
-        up again after the next request, or at once when none waits.
+        Bounded, so that a client that floods its session cannot keep others' requests waiting, nor a tier that brings
+        back what an earlier life left, a thousand blocks at a time: what is left is taken up again after the next
+        request, or at once when none waits.
         """
         for _ in range(_ROUNDS_MAX):
             ready = self._sessions.epoll.poll(0)
             self._unserved = bool(ready)
-            if not ready:
-                return
             for fd, events in ready:
-                if fd == self.mailbox.fileno():
-                    self.mailbox.answer(self.snapshot)
-                elif fd == self._server.monitor_fd:
-                    self._server.watch()
-                else:
-                    self._sessions.serve(fd, events, now)
+                self._serve(fd, events, now)
+            if not ready or any(fd == self.mailbox.fileno() for fd, _ in ready):
+                return
+
+    def _serve(self, fd: int, events: int, now: float) -> None:
+        if fd == self.mailbox.fileno():
+            self.mailbox.answer(self.snapshot)
+            self._collect(now)
+        elif fd == self._server.monitor_fd:
+            self._server.watch()
+        else:
+            self._sessions.serve(fd, events, now)
+
+    def _collect(self, now: float) -> None:
+        """The tier's threads ring the mailbox when they have something to tell."""
+        if self._mover is not None:
+            self._mover.collect(now)
+            self.carry_out()
 
     def _catch_up(self, now: float) -> None:
-        """What a client released before it asked for room is on the other socket: take it first."""
+        """What a client released before it asked for room is on the other socket: take it first, and it alone."""
         for _ in range(_CATCH_UP_MAX):
-            self._serve_descriptors(now)
-            if not self._unserved:
+            ready = self._sessions.epoll.poll(0)
+            self._unserved = bool(ready)
+            said = [(fd, events) for fd, events in ready if fd != self.mailbox.fileno()]
+            for fd, events in said:
+                self._serve(fd, events, now)
+            if not said:
                 return
 
     def _answer(self, payload: bytes, now: float) -> tuple[bytes, str, str]:
@@ -239,6 +283,6 @@ class Owner:
             self.carry_out()
             raise Internal(f"{type(error).__name__} while serving {envelope.verb.name}; see the log") from error
         failure = self.carry_out()
-        if failure:
+        if failure and isinstance(request, ReserveRequest):  # who reads keeps its lease of what is there
             raise TierFull(f"no memory for a slab: {failure}")
         return reply

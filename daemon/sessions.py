@@ -15,10 +15,10 @@ from forebay.daemon.control_link import CLIENT_NAME as TOOL_NAME
 from forebay.daemon.live_slabs import LiveSlabs
 from forebay.daemon.logging import fields
 from forebay.kvstore.errors import Forbidden, ForebayError, NotLeased, PeerLost
-from forebay.kvstore.groups import SlabRetired
+from forebay.kvstore.groups import HOST, LeaseProgress, SlabRetired
 from forebay.kvstore.store import Store
 from forebay.transports.codec import request_id_of
-from forebay.transports.packets import Hello, MapSlab, Release, Retired, SlabMap
+from forebay.transports.packets import Hello, MapSlab, Ready, Release, Retired, SlabMap
 from forebay.transports.session import SessionListener, SessionPeer
 
 log = logging.getLogger(__name__)
@@ -108,6 +108,13 @@ class Sessions:
                 if peer is not None:
                     self._send_notice(peer, Retired(event.ns, event.slab))
 
+    def tell_progress(self, progress: Iterable[LeaseProgress]) -> None:
+        """Tell readers how much of what they leased has come to memory."""
+        for each in progress:
+            peer = self._peers.get(each.session_id)
+            if peer is not None:
+                self._send_notice(peer, Ready(each.lease_id, each.ready, each.total))
+
     def close(self) -> None:
         """End every session and stop listening."""
         for attached in list(self._by_fd.values()):
@@ -186,14 +193,14 @@ class Sessions:
         shape = SlabMap(
             packet.ns,
             slab.serial,
-            self._store.tier.slab_bytes,
+            self._store.tiers[HOST].slab_bytes,
             shard.slots.slot_bytes,
             shard.slots.slots_per_slab,
             True,
         )
         attached.peer.send(packet_id, shape, self._memory.handles(packet.ns, packet.slab))
 
-    def _send_notice(self, peer: SessionPeer, notice: Retired) -> None:
+    def _send_notice(self, peer: SessionPeer, notice: Retired | Ready) -> None:
         try:
             peer.send(0, notice)
         except ForebayError as error:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-Kind = Literal["text", "choice", "integer", "number", "size", "uids", "listen"]
+Kind = Literal["text", "choice", "integer", "number", "size", "uids", "listen", "paths"]
 
 UNITS: dict[str, int] = {
     "B": 1,
@@ -28,6 +28,7 @@ UNITS: dict[str, int] = {
     "GB": 10**9,
     "TB": 10**12,
 }
+PATHS_MAX = 64
 _SIZE = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,15})?)\s*([A-Za-z%]{0,8})")
 
 
@@ -208,6 +209,20 @@ def _read_uids(_: Setting, value: object, __: Machine) -> tuple[int, ...]:
     return tuple(sorted(set(value)))
 
 
+def _read_paths(known: Setting, value: object, machine: Machine) -> tuple[str, ...]:
+    if isinstance(value, str):
+        value = [part for part in value.split(",") if part]
+    if not isinstance(value, list) or len(value) > PATHS_MAX:
+        raise BadValue(f"{value!r} is not a list of at most {PATHS_MAX} paths")
+    read = tuple(_read_text(known, path, machine) for path in value)
+    for path in read:
+        if not path.startswith("/"):
+            raise BadValue(f"{path!r} is not an absolute path")
+    if len({os.path.normpath(path) for path in read}) != len(read):
+        raise BadValue("the same path twice")
+    return read
+
+
 def _read_listen(known: Setting, value: object, machine: Machine) -> str:
     text = _read_text(known, value, machine)
     read_listen(text)
@@ -222,4 +237,5 @@ _READERS: dict[str, Callable[[Setting, object, Machine], object]] = {
     "size": _read_size,
     "uids": _read_uids,
     "listen": _read_listen,
+    "paths": _read_paths,
 }

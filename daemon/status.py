@@ -18,6 +18,7 @@ from forebay.kvstore.stats import StoreStats
 
 if TYPE_CHECKING:
     from forebay.tiers.base import TierInfo
+from forebay.tiers.nvme_jobs import NvmeInfo
 
 SERVING = "serving"
 DRAINING = "draining"
@@ -73,6 +74,7 @@ class DaemonSnapshot:
     runtime_dir: str
     store: StoreStats
     tiers: tuple[TierInfo, ...]
+    nvme: NvmeInfo | None
     refused_sessions: Mapping[str, int]
     verbs: tuple[VerbStats, ...]
     loop: LoopStats

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from forebay.kvstore.errors import BadRequest
-from forebay.kvstore.groups import HOST, Shard
+from forebay.kvstore.groups import Shard
 from forebay.kvstore.outcome import Scope
 from forebay.kvstore.store import Acquired, Store
 from forebay.transports import messages as m
@@ -75,7 +75,7 @@ class Verbs:
     def _lookup(self, session_id: int, request: m.LookupRequest, now: float) -> m.LookupReply:
         rows = self.store.lookup(session_id, request.ns, self._hashes(session_id, request.ns, request.blob), now)
         counts = self.store.shard(session_id, request.ns).group.index.count_by_tier(rows)
-        by_tier = ((self.store.tier.name, counts[HOST]),) if rows else ()
+        by_tier = tuple((tier.name, count) for tier, count in zip(self.store.tiers, counts, strict=True) if count)
         return m.LookupReply(len(rows), by_tier, 0, "")
 
     def _acquire(self, session_id: int, request: m.AcquireRequest, now: float) -> m.AcquireReply:
@@ -105,7 +105,8 @@ class Verbs:
         )
 
     def _commit(self, session_id: int, request: m.CommitRequest, now: float) -> m.CommitReply:
-        return m.CommitReply(self.store.commit(session_id, request.reservation, m.split_u32(request.failed), now))
+        failed, checksums = m.split_u32(request.failed), m.split_u64(request.checksums)
+        return m.CommitReply(self.store.commit(session_id, request.reservation, failed, now, checksums))
 
     def _abort(self, session_id: int, request: m.AbortRequest, now: float) -> m.AbortReply:
         self.store.abort(session_id, request.reservation)
@@ -134,7 +135,7 @@ class Verbs:
 
     def _prefetch(self, session_id: int, request: m.PrefetchRequest, now: float) -> m.PrefetchReply:
         hashes = self._hashes(session_id, request.ns, request.blob)
-        return m.PrefetchReply(self.store.touch(session_id, request.ns, hashes, now), 0)
+        return m.PrefetchReply(*self.store.prefetch(session_id, request.ns, hashes, now))
 
     def _status_document(self, session_id: int, request: m.StatusRequest, now: float) -> m.StatusReply:
         return m.StatusReply(self._status())
@@ -148,8 +149,9 @@ class Verbs:
         return m.ClearReply(done.removed, done.kept)
 
     def _persist(self, session_id: int, request: m.PersistRequest, now: float) -> m.PersistReply:
-        self._hashes(session_id, request.ns, request.blob)
-        return m.PersistReply(0, 0)  # memory is the only tier
+        hashes = self._hashes(session_id, request.ns, request.blob)
+        found = self.store.persist(session_id, request.ns, hashes, now)
+        return m.PersistReply(found.durable, found.pending)
 
 
 def _geometry(shard: Shard) -> tuple[int, bytes, int, int, int, int, int]:
@@ -167,5 +169,6 @@ def _geometry(shard: Shard) -> tuple[int, bytes, int, int, int, int, int]:
 
 
 def _readable(acquired: Acquired) -> tuple[bytes, bytes, int, bytes]:
-    """Slots, generations, how many are ready, checksums: all blocks are in memory, and no checksums are kept."""
-    return acquired.slots.tobytes(), acquired.generations.tobytes(), len(acquired.slots), b""
+    """Slots, generations, how many are ready, checksums, as the wire has them."""
+    slots, generations = acquired.slots.tobytes(), acquired.generations.tobytes()
+    return slots, generations, acquired.ready, acquired.checksums.tobytes()

@@ -17,6 +17,12 @@ from collections.abc import Iterable, Iterator, Sequence
 NO_ROW = -1
 NO_SLOT = -1
 
+FoundShard = tuple[bytes, bytes, int, int]
+"""(hash, parent hash or empty, depth, slot) of a shard on disk."""
+
+DEPTH_MAX = (1 << 31) - 1
+"""What a column of depths holds."""
+
 _WALK_FIRST = 64
 
 
@@ -39,10 +45,14 @@ class BlockIndex:
         self._first_child = array("i")
         self._next_sibling = array("i")
         self._previous_sibling = array("i")
-        self._missing = array("H")
+        self._missing = array("B" if shard_size < 256 else "H")
         self._slots = [[array("q") for _ in range(shard_size)] for _ in range(tiers)]
-        self._generations = [[array("Q") for _ in range(shard_size)] for _ in range(tiers)]
+        self._generations = [array("Q") for _ in range(shard_size)]  # of the fastest tier: nobody compares others'
         self._unused: list[int] = []
+        self.doubled = 0
+        """Shards of blocks that lie in two tiers."""
+        self.loose: list[int] = []
+        """Rows that `adopt` made for parents it had not seen; some may have been found, or reused, since."""
 
     def __len__(self) -> int:
         return len(self.complete) + len(self.partial)
@@ -101,18 +111,119 @@ class BlockIndex:
             self._link(row, parent)
         return row
 
+    def adopt(self, name: bytes, parent: bytes, depth: int) -> int:
+        """The row of a block found on disk, whose parent (empty for a root) may not have been found yet or ever.
+
+        A parent not known becomes a tombstone. Returns NO_ROW for a block that contradicts what is known: no chain of
+        prefix hashes has two parents, or a parent as deep as itself.
+        """
+        if bool(parent) != (depth > 0) or depth > DEPTH_MAX or name == parent:
+            return NO_ROW
+        above = self.find(parent) if parent else NO_ROW
+        row = self.find(name)
+        if parent and above == NO_ROW:
+            if row != NO_ROW and (self.parents[row] != NO_ROW or self.depths[row] != depth):
+                return NO_ROW
+            above = self.add(parent, NO_ROW)
+            self.depths[above] = depth - 1
+            self.loose.append(above)
+        elif parent and self.depths[above] != depth - 1:
+            return NO_ROW
+        if row == NO_ROW:
+            return self.add(name, above)
+        self.attach(row, above)
+        return row if self.parents[row] == above and self.depths[row] == depth else NO_ROW
+
+    def attach(self, row: int, parent: int) -> None:
+        """Link a row that `adopt` made before its parent was known, now that it is."""
+        if self.parents[row] == NO_ROW and parent >= 0 and self.depths[row] == self.depths[parent] + 1:
+            self.parents[row] = parent
+            self._link(row, parent)
+
+    def adopt_all(self, found: Iterable[FoundShard], tier: int, rank: int) -> tuple[list[int], list[int]]:
+        """Take in shards that an earlier life of the daemon had put in these slots of a slower tier.
+
+        Returns the row of each, NO_ROW for what is not taken in; and those rows of which the tier had no part before.
+        Most blocks come after their parents and are new: those are appended column by column, at a third of the cost.
+        """
+        rows: list[int] = []
+        fresh: list[int] = []
+        complete, partial, hashes, depths = self.complete, self.partial, self.hashes, self.depths
+        add_name, add_parent, add_depth = hashes.append, self.parents.append, depths.append
+        single, unused = self.shard_size == 1, self._unused
+        appended = array("q")
+        for name, parent, depth, slot in found:
+            above = complete.get(parent, NO_ROW)
+            if (
+                (depths[above] + 1 == depth if above >= 0 else not parent and not depth)
+                and name not in complete
+                and name not in partial
+                and single
+                and not unused
+            ):
+                row = len(hashes)
+                add_name(name)
+                add_parent(above)
+                add_depth(depth)
+                appended.append(slot)
+                complete[name] = row
+                fresh.append(row)
+            else:
+                self._extend(appended, tier)
+                row = self.adopt(name, parent, depth)
+                if row != NO_ROW and not self._settle(row, tier, rank, slot, fresh):
+                    row = NO_ROW
+            rows.append(row)
+        self._extend(appended, tier)
+        return rows, fresh
+
+    def _extend(self, slots: array[int], tier: int) -> None:
+        """Bring the other columns up to complete blocks of one shard, whose names, parents and depths were appended."""
+        count = len(slots)
+        if not count:
+            return
+        first = len(self.holds)
+        self._extend_columns(count)
+        self._slots[tier][0][first:] = slots
+        parents, first_child = self.parents, self._first_child
+        for row in range(first, first + count):
+            parent = parents[row]
+            if parent < 0:
+                continue
+            if first_child[parent] >= 0:
+                self._link(row, parent)
+            else:
+                first_child[parent] = row
+        del slots[:]
+
+    def _settle(self, row: int, tier: int, rank: int, slot: int, fresh: list[int]) -> bool:
+        """The shard lies in this slot; False where it is known to lie, or to be on its way to, another."""
+        slots = self._slots[tier][rank]
+        if slots[row] != NO_SLOT:
+            return False
+        if not self.is_in(row, tier):
+            fresh.append(row)
+        was_missing = self._is_missing(row, rank)
+        slots[row] = slot
+        self.holds[row] += 1  # as a writer's, which ends here
+        self._found_shard(row, was_missing)
+        return True
+
     def slot(self, row: int, tier: int, rank: int) -> int:
         """Slot of a committed shard, or NO_SLOT."""
         slot = self._slots[tier][rank][row]
         return slot if slot >= 0 else NO_SLOT
 
     def slots(self, rows: Sequence[int], tier: int, rank: int) -> array[int]:
-        """Slots of blocks that are resident in `tier`, in the order of `rows`."""
-        return array("Q", map(self._slots[tier][rank].__getitem__, rows))
+        """Slots of blocks that are resident in `tier` or being brought there, in the order of `rows`."""
+        found = list(map(self._slots[tier][rank].__getitem__, rows))
+        if found and min(found) < 0:
+            found = [slot if slot >= 0 else -2 - slot for slot in found]
+        return array("Q", found)
 
-    def generations(self, rows: Sequence[int], tier: int, rank: int) -> array[int]:
-        """Generations of the same slots, as they were when the blocks were written."""
-        return array("Q", map(self._generations[tier][rank].__getitem__, rows))
+    def generations(self, rows: Sequence[int], rank: int) -> array[int]:
+        """Generations of their slots in the fastest tier, as they were when the slots were given."""
+        return array("Q", map(self._generations[rank].__getitem__, rows))
 
     def reserved_slot(self, row: int, tier: int, rank: int) -> int:
         """Slot of a shard that is being written, or NO_SLOT."""
@@ -122,8 +233,14 @@ class BlockIndex:
     def count_by_tier(self, rows: Sequence[int]) -> list[int]:
         """How many of these complete blocks can be had whole from each tier or a faster one, slowest shard counting."""
         counts = [0] * len(self._slots)
-        if len(counts) == 1:
+        if len(counts) == 1 or not rows:
             counts[0] = len(rows)
+            return counts
+        if self.shard_size == 1:
+            fastest = self._slots[0][0]
+            slots = fastest[rows.start : rows.stop] if isinstance(rows, range) else [fastest[row] for row in rows]
+            counts[0] = len(rows) if min(slots) >= 0 else sum(map(NO_SLOT.__lt__, slots))
+            counts[1] = len(rows) - counts[0]
             return counts
         for row in rows:
             counts[max(self._fastest(row, rank) for rank in range(self.shard_size))] += 1
@@ -132,7 +249,8 @@ class BlockIndex:
     def reserve(self, row: int, tier: int, rank: int, slot: int, generation: int) -> None:
         """A writer has been given `slot` for this shard; the row is held until commit or abort."""
         self._slots[tier][rank][row] = -2 - slot
-        self._generations[tier][rank][row] = generation
+        if tier == 0:
+            self._generations[rank][row] = generation
         self.holds[row] += 1
 
     def commit(self, row: int, tier: int, rank: int) -> bool:
@@ -140,9 +258,16 @@ class BlockIndex:
         slots = self._slots[tier][rank]
         was_missing = self._is_missing(row, rank)
         slots[row] = -2 - slots[row]
+        return self._found_shard(row, was_missing)
+
+    def _found_shard(self, row: int, was_missing: bool) -> bool:
+        """A writer's shard has come to be there; True when the block has become complete by it."""
         self.holds[row] -= 1
         self._missing[row] -= was_missing
-        if self._missing[row] or not was_missing:
+        if not was_missing:
+            self.doubled += 1
+            return False
+        if self._missing[row]:
             return False
         name = self._name(row)
         self.complete[name] = self.partial.pop(name)
@@ -161,7 +286,9 @@ class BlockIndex:
             if slots[row] >= 0:
                 dropped.append((rank, slots[row]))
                 slots[row] = NO_SLOT
-                self._missing[row] += self._is_missing(row, rank)
+                missing = self._is_missing(row, rank)
+                self._missing[row] += missing
+                self.doubled -= not missing
         name = self._name(row)
         if self._missing[row] and name in self.complete:
             self.partial[name] = self.complete.pop(name)
@@ -180,9 +307,31 @@ class BlockIndex:
             self._unused.append(row)
             row = parent
 
+    def resident_count(self) -> int:
+        """Blocks of which at least one shard is committed, by the columns alone."""
+        return len(self._missing) - self._missing.count(self.shard_size)
+
     def is_resident(self, row: int) -> bool:
         """At least one shard is committed."""
         return self._missing[row] < self.shard_size
+
+    def is_in(self, row: int, tier: int) -> bool:
+        """At least one shard is committed in this tier."""
+        for slots in self._slots[tier]:  # noqa: SIM110  # a generator costs more than the question
+            if slots[row] >= 0:
+                return True
+        return False
+
+    def is_whole_in(self, row: int, tier: int) -> bool:
+        """Every shard is committed in this tier."""
+        for slots in self._slots[tier]:  # noqa: SIM110  # as above
+            if slots[row] < 0:
+                return False
+        return True
+
+    def is_coming_to(self, row: int, tier: int) -> bool:
+        """A shard is being written to this tier."""
+        return any(slots[row] < NO_SLOT for slots in self._slots[tier])
 
     def has_child(self, row: int) -> bool:
         return self._first_child[row] >= 0
@@ -252,17 +401,34 @@ class BlockIndex:
 
     def _grow(self) -> int:
         self.hashes.append(None)
-        for column in (self.parents, self._first_child, self._next_sibling, self._previous_sibling):
-            column.append(NO_ROW)
+        self.parents.append(NO_ROW)
         self.depths.append(0)
+        for column in (self._first_child, self._next_sibling, self._previous_sibling):
+            column.append(NO_ROW)
         self.holds.append(0)
         self.pinned.append(0)
         self._missing.append(0)
-        for tier, generations_of_tier in zip(self._slots, self._generations, strict=True):
-            for slots, generations in zip(tier, generations_of_tier, strict=True):
+        for tier in self._slots:
+            for slots in tier:
                 slots.append(NO_SLOT)
-                generations.append(0)
+        for generations in self._generations:
+            generations.append(0)
         return len(self.hashes) - 1
+
+    def _extend_columns(self, count: int) -> None:
+        """As `_grow`, for many rows, but for their names, parents and depths."""
+        nothing = array("i", [NO_ROW]) * count
+        for column in (self._first_child, self._next_sibling, self._previous_sibling):
+            column.extend(nothing)
+        self.holds.frombytes(bytes(count * self.holds.itemsize))
+        self.pinned.extend(bytes(count))
+        self._missing.frombytes(bytes(count * self._missing.itemsize))
+        nowhere = array("q", [NO_SLOT]) * count
+        for tier in self._slots:
+            for slots in tier:
+                slots.extend(nowhere)
+        for generations in self._generations:
+            generations.frombytes(bytes(count * generations.itemsize))
 
     def _link(self, row: int, parent: int) -> None:
         sibling = self._first_child[parent]

@@ -29,13 +29,24 @@ class Session:
 
 @dataclass(slots=True)
 class Lease:
-    """The right to read `rows` in place until released or until `deadline`."""
+    """The right to read `rows` in place until released or until `deadline`.
+
+    Attributes:
+        ready: leading rows that are in host memory; the others are being brought there.
+        total: leading rows that are or will be; less than all when one could not be read.
+        transfers: loads that bring them.
+        watchers: sessions to be told as `ready` grows: the holder's, and those that resolved the lease.
+    """
 
     lease_id: int
     session: Session
     group: Group
     rows: Sequence[int]
     deadline: float
+    ready: int = 0
+    total: int = 0
+    transfers: set[int] = field(default_factory=set)
+    watchers: set[int] = field(default_factory=set)
 
 
 @dataclass(slots=True)

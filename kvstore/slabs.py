@@ -10,7 +10,9 @@ that still maps a slab that was taken back can never mistake it for a newer one.
 from __future__ import annotations
 
 from array import array
+from collections import deque
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from forebay.kvstore.errors import LayoutError
 
@@ -22,15 +24,38 @@ _STATES = ("free", "reserved", "quarantined", "resident")
 NO_ROW = -1
 
 
+def slot_bytes_of(block_bytes: int) -> int:
+    """A block rounded up to whole pages."""
+    return -(-block_bytes // SLOT_ALIGN_BYTES) * SLOT_ALIGN_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class SlabFormat:
+    """How a tier's slabs are cut: a header in front of the slab and of each slot, both of which may be empty.
+
+    With `checksums` the payload checksum of each slot's block is kept beside it, where it is known.
+    """
+
+    slab_bytes: int
+    slab_header_bytes: int = 0
+    slot_header_bytes: int = 0
+    checksums: bool = False
+
+    def slots_per_slab(self, slot_bytes: int) -> int:
+        return (self.slab_bytes - self.slab_header_bytes) // (self.slot_header_bytes + slot_bytes)
+
+
 class TierSpace:
     """The physical slabs of one tier; those not assigned wait in `free`."""
 
-    def __init__(self, name: str, capacity_bytes: int, slab_bytes: int) -> None:
+    def __init__(self, name: str, capacity_bytes: int, form: SlabFormat) -> None:
         self.name = name
-        self.slab_bytes = slab_bytes
+        self.form = form
+        self.slab_bytes = slab_bytes = form.slab_bytes
+        self.first_generation = 1
         self.slabs_total = capacity_bytes // slab_bytes
         self.capacity_bytes = self.slabs_total * slab_bytes
-        self._free = list(range(self.slabs_total - 1, -1, -1))
+        self._free = dict.fromkeys(range(self.slabs_total - 1, -1, -1))  # a stack from which any may be taken
 
     @property
     def slabs_free(self) -> int:
@@ -38,23 +63,38 @@ class TierSpace:
 
     def take(self) -> int | None:
         """A physical slab index, lowest first, or None when all are assigned."""
-        return self._free.pop() if self._free else None
+        return self._free.popitem()[0] if self._free else None
 
-    def give_back(self, physical: int) -> None:
-        self._free.append(physical)
+    def claim(self, physical: int) -> bool:
+        """Take this very slab; False when there is no such slab or it is assigned."""
+        if physical not in self._free:
+            return False
+        del self._free[physical]
+        return True
+
+    def give_back(self, physical: int, generation: int = 0) -> None:
+        """`generation`: one its slots never had, for a tier whose slabs keep their bytes when they change hands."""
+        self._free[physical] = None
+        self.first_generation = max(self.first_generation, generation)
 
 
 class Slab:
-    """One assigned slab: the state, the block row and the generation of each of its slots."""
+    """One assigned slab: the state, the block row and the generation of each of its slots.
 
-    __slots__ = ("generations", "physical", "rows", "serial", "states")
+    `checksums` are 0 where not known, and empty in a tier that keeps none. No slot is given a generation below
+    `generation_min`.
+    """
 
-    def __init__(self, serial: int, physical: int, slots: int) -> None:
+    __slots__ = ("checksums", "generation_min", "generations", "physical", "rows", "serial", "states")
+
+    def __init__(self, serial: int, physical: int, slots: int, generation: int, *, checksums: bool) -> None:
         self.serial = serial
         self.physical = physical
+        self.generation_min = generation
         self.states = bytearray(slots)
         self.rows = array("i", [NO_ROW]) * slots
-        self.generations = array("Q", [1]) * slots
+        self.generations = array("Q", [generation]) * slots
+        self.checksums = array("Q", bytes(8 * slots if checksums else 0))
 
     def count(self, state: int) -> int:
         return self.states.count(state)
@@ -63,18 +103,20 @@ class Slab:
 class ShardSlots:
     """The slots of one namespace shard in one tier.
 
-    Each slot is in exactly one state. A generation starts at 1 and is bumped when its slot stops holding a
-    block or a half-written one, that is before the slot can be given to another.
+    Each slot is in exactly one state. A generation starts at its slab's first and is bumped when its slot stops
+    holding a block or a half-written one, that is before the slot can be given to another.
     """
 
-    def __init__(self, slab_bytes: int, block_bytes: int) -> None:
+    def __init__(self, form: SlabFormat, block_bytes: int) -> None:
         self.block_bytes = block_bytes
-        self.slot_bytes = -(-block_bytes // SLOT_ALIGN_BYTES) * SLOT_ALIGN_BYTES
-        self.slots_per_slab = slab_bytes // self.slot_bytes
+        self.slot_bytes = slot_bytes_of(block_bytes)
+        self.slots_per_slab = form.slots_per_slab(self.slot_bytes)
         if self.slots_per_slab == 0:
-            raise LayoutError(f"a block of {block_bytes} bytes does not fit into a slab of {slab_bytes} bytes")
+            raise LayoutError(f"a block of {block_bytes} bytes does not fit into a slab of {form.slab_bytes} bytes")
         self.slabs: dict[int, Slab] = {}
-        self._free: list[int] = []
+        self.knows_checksums = False
+        self._form = form
+        self._free: deque[int] = deque()  # given from the right
         self._next_serial = 0
         self._counts = [0, 0, 0, 0]
 
@@ -85,14 +127,60 @@ class ShardSlots:
     def slots_total(self) -> int:
         return len(self.slabs) * self.slots_per_slab
 
-    def add_slab(self, physical: int) -> Slab:
+    def add_slab(self, physical: int, generation: int = 1) -> Slab:
         """Cut a physical slab into free slots; the lowest slot is handed out first."""
-        slab = Slab(self._next_serial, physical, self.slots_per_slab)
-        self._next_serial += 1
-        self.slabs[slab.serial] = slab
+        slab = self._new_slab(physical, generation)
         first = slab.serial * self.slots_per_slab
         self._free.extend(range(first + self.slots_per_slab - 1, first - 1, -1))
         self._counts[FREE] += self.slots_per_slab
+        return slab
+
+    def adopt_slab(self, physical: int, generation: int) -> Slab:
+        """A slab of an earlier life: its slots are quarantined until `adopt` finds their blocks or `settle` ends it.
+
+        `generation` is one of this life: an old image of a slot must never pass for what is written there from now on.
+        """
+        slab = self._new_slab(physical, generation)
+        slab.states = bytearray([QUARANTINED]) * self.slots_per_slab
+        self._counts[QUARANTINED] += self.slots_per_slab
+        return slab
+
+    def adopt(self, places: Sequence[tuple[Slab, int, int]], rows: Sequence[int]) -> None:
+        """Slots (slab, slot, generation), marked as found, turn out to hold these blocks; NO_ROW: what is not kept."""
+        adopted = 0
+        for (slab, slot, generation), row in zip(places, rows, strict=True):
+            if row == NO_ROW:
+                slab.states[slot] = QUARANTINED
+                continue
+            slab.states[slot] = RESIDENT
+            slab.rows[slot] = row
+            slab.generations[slot] = generation
+            adopted += 1
+        self._counts[QUARANTINED] -= adopted
+        self._counts[RESIDENT] += adopted
+
+    def settle(self, slab: Slab) -> None:
+        """Nothing more will be found in an adopted slab: its quarantined slots are free."""
+        for slot_id in reversed(list(self._in_state(slab, QUARANTINED))):
+            self.free(slot_id)
+
+    def quarantined(self) -> Iterator[int]:
+        """Slots that are nobody's for now."""
+        return (slot_id for slab in self.slabs.values() for slot_id in self._in_state(slab, QUARANTINED))
+
+    def _in_state(self, slab: Slab, state: int) -> Iterator[int]:
+        first = slab.serial * self.slots_per_slab
+        return (first + slot for slot, found in enumerate(slab.states) if found == state)
+
+    def place(self, slot_id: int) -> tuple[int, int]:
+        """Physical slab and slot in it."""
+        slab, slot = self._locate(slot_id)
+        return slab.physical, slot
+
+    def _new_slab(self, physical: int, generation: int) -> Slab:
+        slab = Slab(self._next_serial, physical, self.slots_per_slab, generation, checksums=self._form.checksums)
+        self._next_serial += 1
+        self.slabs[slab.serial] = slab
         return slab
 
     def is_empty(self, slab: Slab) -> bool:
@@ -105,7 +193,15 @@ class ShardSlots:
             del self.slabs[slab.serial]
             self._counts[FREE] -= self.slots_per_slab
         dropped = {slab.serial for slab in slabs}
-        self._free = [slot for slot in self._free if slot // self.slots_per_slab not in dropped]
+        self._free = deque(slot for slot in self._free if slot // self.slots_per_slab not in dropped)
+
+    def drop_all(self) -> list[Slab]:
+        """Forget every slab, with whatever is in it; returns them."""
+        slabs = list(self.slabs.values())
+        self.slabs.clear()
+        self._free.clear()
+        self._counts = [0, 0, 0, 0]
+        return slabs
 
     def has_free(self) -> bool:
         return bool(self._free)
@@ -126,21 +222,43 @@ class ShardSlots:
         self._move(slab, slot, RESERVED, RESIDENT)
 
     def quarantine(self, slot_id: int) -> None:
-        """A reserved slot whose writer is late: no block, but nobody else's either until the writer is done."""
+        """Nobody's slot for now: its writer is late and may still write, or what it held could not be read."""
         slab, slot = self._locate(slot_id)
-        self._move(slab, slot, RESERVED, QUARANTINED)
+        self._move(slab, slot, RESIDENT if slab.states[slot] == RESIDENT else RESERVED, QUARANTINED)
         slab.rows[slot] = NO_ROW
 
-    def free(self, slot_id: int) -> int:
-        """Take a slot back from whatever held it; returns its new generation."""
+    def free(self, slot_id: int, *, last: bool = False) -> int:
+        """Take a slot back from whatever held it; returns its new generation.
+
+        With `last` it is given again after all others that are free now.
+        """
         slab, slot = self._locate(slot_id)
         self._counts[slab.states[slot]] -= 1
         self._counts[FREE] += 1
         slab.states[slot] = FREE
         slab.rows[slot] = NO_ROW
-        slab.generations[slot] += 1
-        self._free.append(slot_id)
-        return slab.generations[slot]
+        generation = slab.generations[slot] + 1
+        if generation < slab.generation_min:
+            generation = slab.generation_min
+        slab.generations[slot] = generation
+        if slab.checksums:
+            slab.checksums[slot] = 0
+        if last:
+            self._free.appendleft(slot_id)
+        else:
+            self._free.append(slot_id)
+        return generation
+
+    def keep_checksum(self, slot_id: int, checksum: int) -> None:
+        """The payload checksum of the block in a slot, until the slot is freed; 0: not known."""
+        slab, slot = self._locate(slot_id)
+        slab.checksums[slot] = checksum
+        self.knows_checksums = self.knows_checksums or checksum != 0
+
+    def checksum(self, slot_id: int) -> int:
+        """0 where it is not known."""
+        slab, slot = self._locate(slot_id)
+        return slab.checksums[slot]
 
     def generation(self, slot_id: int) -> int:
         slab, slot = self._locate(slot_id)

@@ -36,6 +36,7 @@ class NamespaceStats:
     pinned_blocks: int
     slabs: int
     resident_bytes: int
+    nvme_resident_bytes: int
     last_touch_s: float
 
 
@@ -58,6 +59,20 @@ class Counters:
     rejected_orphan_blocks: int = 0
     rejected_draining_blocks: int = 0
     evicted_blocks: int = 0
+    evicted_unwritten_blocks: int = 0
+    released_blocks: int = 0
+    promoted_blocks: int = 0
+    promoted_bytes: int = 0
+    promotions_full_blocks: int = 0
+    promotions_cancelled_blocks: int = 0
+    promotions_failed_blocks: int = 0
+    demoted_blocks: int = 0
+    demoted_bytes: int = 0
+    demotions_failed_blocks: int = 0
+    corrupt_blocks: int = 0
+    stale_blocks: int = 0
+    restored_blocks: int = 0
+    restored_dropped_blocks: int = 0
     removed_blocks: int = 0
     expired_leases: int = 0
     expired_reservations: int = 0
@@ -65,6 +80,25 @@ class Counters:
     sessions_closed: int = 0
     slabs_assigned: int = 0
     slabs_retired: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class MovementStats:
+    """What is between host memory and the nvme tier.
+
+    ``budget_left_bytes`` is what may be written at once; -1 without a budget. ``dirty_blocks`` are in host memory only.
+    ``ready`` is false until the tier has told which of its slabs are in use.
+    """
+
+    ready: bool
+    loads: int
+    loading_blocks: int
+    writes: int
+    writing_blocks: int
+    writing_bytes: int
+    dirty_blocks: int
+    budget_bytes_per_day: int
+    budget_left_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,4 +114,5 @@ class StoreStats:
     quarantined_reservations: int
     pinned_blocks: int
     draining: bool
+    movement: MovementStats | None
     counters: Counters

@@ -9,7 +9,7 @@ reads a clock.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from forebay.kvstore.allocation import Allocator
@@ -19,18 +19,25 @@ from forebay.kvstore.errors import (
     Draining,
     Expired,
     Forbidden,
+    LayoutError,
     NotLeased,
     QuotaExceeded,
     UnknownNamespace,
     UnknownSession,
 )
-from forebay.kvstore.groups import HOST, Effects, Group, Shard
+from forebay.kvstore.groups import HOST, NVME, Effects, Group, Shard
 from forebay.kvstore.index import NO_ROW
 from forebay.kvstore.leases import Deadlines, Lease, Reservation, Session
+from forebay.kvstore.movement import Movement, NvmeConfig
 from forebay.kvstore.namespace import NamespaceSpec
 from forebay.kvstore.outcome import Outcome, Scope
-from forebay.kvstore.slabs import FREE, QUARANTINED, RESERVED, RESIDENT, ShardSlots, Slab, TierSpace
+from forebay.kvstore.restoration import FoundBlock, Owner, Restoration
+from forebay.kvstore.slabs import FREE, QUARANTINED, RESERVED, RESIDENT, ShardSlots, Slab, SlabFormat, TierSpace
 from forebay.kvstore.stats import Counters, StoreStats, TierStats
+
+TIER_NAMES = ("host", "nvme")
+_TIDIED_ROWS, _TIDIED_ROWS_IDLE = 100, 1000
+"""Unreachable blocks of an earlier life that a plan, and a sweep, look at: a millisecond, and ten."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,15 +54,22 @@ class StoreConfig:
     namespaces_max: int = 1024
     leases_max: int = 65_536
     reservations_max: int = 65_536
+    nvme: NvmeConfig | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Acquired:
-    """Leading blocks leased for reading: `slots[i]` and the generation to compare after copying."""
+    """Leading blocks leased for reading: `slots[i]` and the generation to compare after copying.
+
+    The first `ready` may be copied now, the others are being brought to their slots. `checksums` are those of the
+    payloads, 0 where not known, or empty where none is.
+    """
 
     lease_id: int
     slots: array[int]
     generations: array[int]
+    ready: int
+    checksums: array[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,11 +88,19 @@ class Removed:
     kept: int
 
 
-_NOTHING_ACQUIRED = Acquired(0, array("Q"), array("Q"))
+@dataclass(frozen=True, slots=True)
+class Durability:
+    """Leading blocks on the drive, and how many of the others are on their way there or wait for their turn."""
+
+    durable: int
+    pending: int
+
+
+_NOTHING_ACQUIRED = Acquired(0, array("Q"), array("Q"), 0, array("Q"))
 
 
 class Store:
-    """All sessions, namespaces, leases and reservations over one host tier.
+    """All sessions, namespaces, leases and reservations over a host tier and, where there is one, an nvme tier.
 
     Args:
         config: sizes and limits.
@@ -90,8 +112,17 @@ class Store:
         self.draining = False
         self.effects = Effects()
         self.counters = Counters()
-        self.tier = TierSpace("host", config.capacity_bytes, config.slab_bytes)
-        self._allocator = Allocator(self.tier, self.effects, self.counters, config.slab_idle_s)
+        forms = [SlabFormat(config.slab_bytes, checksums=True)]
+        capacities = [config.capacity_bytes]
+        if config.nvme is not None:
+            forms.append(config.nvme.form)
+            capacities.append(config.nvme.capacity_bytes)
+        self.tiers = tuple(map(TierSpace, TIER_NAMES, capacities, forms))
+        self._allocators = tuple(
+            Allocator(tier, level, self.effects, self.counters, config.slab_idle_s)
+            for level, tier in enumerate(self.tiers)
+        )
+        self._allocator = self._allocators[HOST]
         self._new_id = new_id
         self._sessions: dict[int, Session] = {}
         self._groups: dict[tuple[int, bytes], Group] = {}
@@ -99,8 +130,20 @@ class Store:
         self._leases: dict[int, Lease] = {}
         self._reservations: dict[int, Reservation] = {}
         self._last_ns = 0
+        self._last_asked_s = 0.0
         self._lease_deadlines = Deadlines()
         self._reservation_deadlines = Deadlines()
+        self.movement: Movement | None = None
+        if config.nvme is not None:
+            host, nvme = self._allocators
+            self.movement = Movement(config.nvme, (host, nvme), self.effects, self.counters, self._leases)
+            self._restoration = Restoration(self.tiers[NVME], self.effects, self.counters, self._restored_shard)
+
+    def reconfigure(self, config: StoreConfig) -> None:
+        """Take over other limits and rates while running; sizes stay what they are."""
+        self.config = config
+        if self.movement is not None and config.nvme is not None:
+            self.movement.config = config.nvme
 
     # Sessions
 
@@ -138,7 +181,10 @@ class Store:
         group = self._groups.get(key)
         shard = group.shards.get(merged.shard_rank) if group else None
         if shard is None:
-            shard = self._new_shard(session, merged, key)
+            shard = self._new_shard(merged, key)
+        elif (shard.slots.block_bytes, shard.group.index.shard_size) != (merged.block_bytes, merged.shard_size):
+            raise LayoutError("what the drive says of this namespace contradicts its spec")
+        shard.group.spec = merged  # that of a restored namespace lacked what is not on disk
         session.namespaces.add(shard.ns)
         return shard
 
@@ -209,6 +255,9 @@ class Store:
         group.hold(rows)
         deadline = now + min(ttl_s, self.config.ttl_max_s)
         lease = Lease(self._fresh_id(self._leases), session, group, rows, deadline)
+        if not self._bring(lease, now):
+            return _NOTHING_ACQUIRED
+        rows = lease.rows
         self._leases[lease.lease_id] = lease
         session.leases.add(lease.lease_id)
         self._lease_deadlines.add(lease.lease_id, deadline)
@@ -224,7 +273,23 @@ class Store:
             raise NotLeased(f"lease {lease_id} is not held by this client group, or has ended")
         if lease.group is not shard.group:
             raise NotLeased(f"lease {lease_id} is not of namespace {ns}")
+        lease.watchers.add(session_id)
         return _acquired(lease, shard)
+
+    def prefetch(self, session_id: int, ns: int, hashes: Sequence[bytes], now: float) -> tuple[int, int]:
+        """Begin to bring the leading blocks to host memory; returns how many are there, and how many will be."""
+        group = self.shard(session_id, ns).group
+        rows = group.index.walk(hashes)
+        group.touch(hashes, rows, now)
+        if self.movement is None or not rows:
+            return len(rows), 0
+        if self.draining:
+            return group.index.count_by_tier(rows)[HOST], 0
+        group.hold(rows)
+        covered = self.movement.promote(group, rows, None, self._groups.values(), now)
+        group.unhold(rows)
+        resident = sum(group.index.is_whole_in(row, HOST) for row in rows[:covered])
+        return resident, covered - resident
 
     def release(self, session_id: int, lease_id: int) -> None:
         """End a lease. Raises NotLeased when it is not the session's, was released, or expired."""
@@ -245,6 +310,7 @@ class Store:
         group = shard.group
         present = group.index.walk(hashes)
         group.touch(hashes, present, now)
+        self._last_asked_s = now
         outcomes = bytearray([Outcome.PRESENT]) * len(present)
         rows: list[int] = []
         slots, generations = array("Q"), array("Q")
@@ -268,9 +334,12 @@ class Store:
         reservation_id = self._new_reservation(session, shard, rows, slots, now) if rows else 0
         return Reserved(reservation_id, outcomes, slots, generations)
 
-    def commit(self, session_id: int, reservation_id: int, failed: Sequence[int], now: float) -> int:
+    def commit(
+        self, session_id: int, reservation_id: int, failed: Sequence[int], now: float, checksums: Sequence[int] = ()
+    ) -> int:
         """Make the written blocks visible; `failed` are indices into the reservation that were not written.
 
+        `checksums` are the payloads', one for each reserved block (0: not known), or none at all.
         What continues a failed block is given back with it: nobody could find it. Returns how many were committed.
         Raises NotLeased, Expired (too late: nothing was published, the slots are given back), BadRequest (an index
         out of range).
@@ -279,6 +348,8 @@ class Store:
         count = len(reservation.rows)
         if any(not 0 <= index < count for index in failed):
             raise BadRequest(f"a failed index is outside the {count} reserved blocks")
+        if len(checksums) not in (0, count):
+            raise BadRequest(f"{len(checksums)} checksums for {count} reserved blocks")
         if reservation.expired:
             self._give_up(reservation)
             raise Expired(f"reservation {reservation_id} ran out by the clock; nothing was stored")
@@ -286,8 +357,12 @@ class Store:
         shard, group = reservation.shard, reservation.shard.group
         good = [index for index in range(count) if index not in lost]
         group.commit(shard, [reservation.rows[i] for i in good], [reservation.slots[i] for i in good], now)
+        if checksums:
+            for index in good:
+                shard.slots.keep_checksum(reservation.slots[index], checksums[index])
         for index in lost:
             group.abort(shard, reservation.rows[index], reservation.slots[index])
+        self._stir(group, now)
         self.counters.committed_blocks += len(good)
         self.counters.committed_bytes += len(good) * shard.slots.block_bytes
         self.counters.aborted_blocks += len(lost)
@@ -309,7 +384,7 @@ class Store:
         rows = group.index.walk(hashes)
         fresh = sum(not group.index.pinned[row] for row in set(rows))
         wanted = sum(g.pinned_bytes for g in self._groups.values()) + fresh * group.complete_bytes
-        allowed = int(self.config.pin_quota * self.tier.capacity_bytes)
+        allowed = int(self.config.pin_quota * self.tiers[HOST].capacity_bytes)
         if wanted > allowed:
             raise QuotaExceeded(f"{wanted} bytes would be pinned, {allowed} are allowed")
         for row in rows:
@@ -352,8 +427,66 @@ class Store:
         """Hint: the conversation that ends with these blocks is over; its own tail goes first."""
         group = self.shard(session_id, ns).group
         rows = group.index.walk(hashes)
-        group.policy.demote(rows)
+        for policy in group.policies:
+            policy.demote(rows)
         return len(rows)
+
+    # Between tiers
+
+    def persist(self, session_id: int, ns: int, hashes: Sequence[bytes], now: float) -> Durability:
+        """Write the leading blocks to the drive now, as far as its window allows; ask again for the rest."""
+        group, movement = self.shard(session_id, ns).group, self.movement
+        rows = group.index.walk(hashes)
+        if movement is None:
+            return Durability(0, 0)
+        group.hold(rows)
+        all_begun = movement.write(group, rows, self._groups.values(), now)
+        group.unhold(rows)
+        durable = movement.durable(group, rows)
+        if not all_begun or movement.waits(now):
+            return Durability(durable, len(rows) - durable)
+        return Durability(durable, movement.coming(group, rows))
+
+    def transfer_done(self, transfer_id: int, verdicts: Sequence[int], checksums: Sequence[int], now: float) -> None:
+        """A transfer has ended, with one `Verdict` and payload checksum (0: none) for each of its blocks."""
+        assert self.movement is not None, "a transfer without an nvme tier"
+        self.movement.done(transfer_id, verdicts, checksums, now)
+
+    def plan_writes(self, now: float) -> None:
+        """Decide what to write to the drive next; call when what was asked has been answered."""
+        if self.movement is not None and not self.draining:
+            self.movement.plan(self._groups.values(), now)
+            self._restoration.go_on(_TIDIED_ROWS)
+
+    def sweep(self, now: float) -> None:
+        """Call about once a second: when nobody has asked for anything lately, what is only in memory is written."""
+        movement = self.movement
+        if movement is not None and not self.draining:
+            self._restoration.go_on(_TIDIED_ROWS_IDLE)
+        if movement is not None and not self.draining and now - self._last_asked_s >= movement.config.idle_s:
+            movement.sweep(self._groups.values(), now)
+
+    def flush(self, now: float) -> bool:
+        """Shutting down: write all that is worth it, what was last asked for first; False when nothing is left."""
+        movement = self.movement
+        if movement is None:
+            return False
+        return movement.flush(self._groups.values(), now)
+
+    def restore_slabs(self, found: Iterable[tuple[int, Owner, int]], first_generation: int) -> None:
+        """The slabs that an earlier life used; from here on others may be assigned, from this generation on."""
+        assert self.movement is not None, "slabs without an nvme tier"
+        self.tiers[NVME].first_generation = first_generation
+        self._restoration.slabs(found)
+        self.movement.ready = True
+
+    def restore_blocks(self, found: Sequence[FoundBlock], now: float) -> None:
+        """Blocks found in those slabs; visible at once."""
+        self._restoration.blocks(found, now)
+
+    def restore_done(self) -> None:
+        """All has been found."""
+        self._restoration.done()
 
     # Time, faults, shutdown
 
@@ -393,24 +526,24 @@ class Store:
         for reservation in list(self._reservations.values()):
             if reservation.shard is shard and any(slot // per_slab == serial for slot in reservation.slots):
                 self._give_up(reservation)
+        if self.movement is not None:
+            self.movement.give_up_loads(shard, serial)
         if shard.slots.is_empty(slab):
             self._allocator.retire(shard, [slab])
 
     def has_no_effects(self) -> bool:
-        return not (self.effects.slabs or self.effects.generations)
+        return not self.effects
 
     def drain_effects(self) -> Effects:
         """What must be carried out before the next answer is sent; the caller owns it."""
-        effects = replace(self.effects)
-        self.effects.slabs, self.effects.generations = [], []
-        return effects
+        return self.effects.drain()
 
     # Telling
 
-    def stats(self) -> StoreStats:
+    def stats(self, now: float = 0.0) -> StoreStats:
         groups = self._groups.values()
         return StoreStats(
-            tiers=(self._tier_stats(),),
+            tiers=tuple(self._tier_stats(level) for level in range(len(self.tiers))),
             namespaces=tuple(group.stats() for group in groups),
             sessions=len(self._sessions),
             leases=len(self._leases),
@@ -419,22 +552,27 @@ class Store:
             quarantined_reservations=sum(r.expired for r in self._reservations.values()),
             pinned_blocks=sum(group.pinned_blocks for group in groups),
             draining=self.draining,
+            movement=self.movement.stats(groups, now) if self.movement is not None else None,
             counters=replace(self.counters),
         )
 
     def check(self) -> list[str]:
         """Every violated invariant, in words; empty when all hold. Cost: a walk over everything."""
         problems = [problem for group in self._groups.values() for problem in group.check()]
-        problems += self._check_tier()
+        for level in range(len(self.tiers)):
+            problems += self._check_tier(level)
         problems += self._check_holds()
+        if self.movement is not None:
+            problems += self.movement.check()
         return problems
 
-    def _check_tier(self) -> Iterator[str]:
-        physical = [slab.physical for shard in self._shards.values() for slab in shard.slots.slabs.values()]
+    def _check_tier(self, level: int) -> Iterator[str]:
+        tier = self.tiers[level]
+        physical = [slab.physical for shard in self._shards.values() for slab in shard.spaces[level].slabs.values()]
         if len(set(physical)) != len(physical):
-            yield "a physical slab is assigned twice"
-        if len(physical) + self.tier.slabs_free != self.tier.slabs_total:
-            yield f"{len(physical)} slabs assigned, {self.tier.slabs_free} free, {self.tier.slabs_total} in all"
+            yield f"a physical slab of the {tier.name} tier is assigned twice"
+        if len(physical) + tier.slabs_free != tier.slabs_total:
+            yield f"{tier.name}: {len(physical)} slabs assigned, {tier.slabs_free} free, {tier.slabs_total} in all"
 
     def _check_holds(self) -> Iterator[str]:
         expected: dict[tuple[int, int], int] = {}
@@ -449,6 +587,8 @@ class Store:
             for row in reservation.rows:
                 key = (id(reservation.shard.group), row)
                 expected[key] = expected.get(key, 0) + 1
+        for group, row in self.movement.holds() if self.movement is not None else ():
+            expected[id(group), row] = expected.get((id(group), row), 0) + 1
         for group in self._groups.values():
             for row in group.index.rows():
                 if group.index.holds[row] != expected.get((id(group), row), 0):
@@ -480,18 +620,52 @@ class Store:
             pass
         return new
 
-    def _new_shard(self, session: Session, spec: NamespaceSpec, key: tuple[int, bytes]) -> Shard:
-        slots = ShardSlots(self.tier.slab_bytes, spec.block_bytes)
+    def _new_shard(self, spec: NamespaceSpec, key: tuple[int, bytes]) -> Shard:
+        spaces = tuple(ShardSlots(tier.form, spec.block_bytes) for tier in self.tiers)
         if len(self._shards) >= self.config.namespaces_max:
             self._forget_coldest(but=key)
         group = self._groups.get(key)
         if group is None:
-            group = self._groups[key] = Group(spec, session.uid, self.effects, self.counters)
+            uid, fingerprint = key
+            group = Group(spec, fingerprint, uid, self.effects, self.counters, len(self.tiers))
+            self._groups[key] = group
         self._last_ns += 1
-        shard = Shard(self._last_ns, spec.shard_rank, group, slots)
+        shard = Shard(self._last_ns, spec.shard_rank, group, spaces)
         group.shards[spec.shard_rank] = shard
         self._shards[shard.ns] = shard
         return shard
+
+    def _restored_shard(self, uid: int, fingerprint: bytes, spec: NamespaceSpec) -> Shard:
+        group = self._groups.get((uid, fingerprint))
+        shard = group.shards.get(spec.shard_rank) if group is not None else None
+        if group is not None and group.index.shard_size != spec.shard_size:
+            raise BadRequest("the slab of a namespace with another number of shards")
+        if shard is None and len(self._shards) >= self.config.namespaces_max:
+            raise QuotaExceeded(f"{len(self._shards)} namespaces are in use, which is the limit")
+        return shard or self._new_shard(spec, (uid, fingerprint))
+
+    def _bring(self, lease: Lease, now: float) -> bool:
+        """Have the lease's blocks brought to host memory, as many leading ones as fit; False when that is none."""
+        lease.total = len(lease.rows)
+        lease.watchers.add(lease.session.session_id)
+        self._last_asked_s = now
+        if self.movement is None:
+            lease.ready = lease.total
+            return True
+        covered = self.movement.promote(lease.group, lease.rows, lease, self._groups.values(), now)
+        lease.group.unhold(lease.rows[covered:])
+        lease.rows = lease.rows[:covered]
+        lease.total = covered
+        self.movement.advance(lease)
+        self.movement.stir(lease.group)
+        if not covered:
+            self.movement.let_go(lease)
+        return covered > 0
+
+    def _stir(self, group: Group, now: float) -> None:
+        self._last_asked_s = now
+        if self.movement is not None:
+            self.movement.stir(group, stored=True)
 
     def _forget_coldest(self, but: tuple[int, bytes]) -> None:
         """Make room for a namespace among `namespaces_max`; raises QuotaExceeded."""
@@ -500,14 +674,25 @@ class Store:
             (group.last_touch_s, key)
             for key, group in self._groups.items()
             if key != but and not group.pinned_blocks and not any(s.ns in open_now for s in group.shards.values())
+            if self.movement is None or not self.movement.is_busy(group)
         ]
         if not idle:
             raise QuotaExceeded(f"{len(self._shards)} namespaces are in use, which is the limit")
         group = self._groups.pop(min(idle)[1])
-        gone = self._clear_group(group, dry_run=False)
-        assert gone.kept == 0, "a namespace that no session has open was in use"
+        assert not any(group.index.holds), "a namespace that no session has open was in use"
+        self.counters.removed_blocks += len(group.index.complete)
         for shard in group.shards.values():
             del self._shards[shard.ns]
+        self._give_up_blocks(group)
+
+    def _give_up_blocks(self, group: Group) -> None:
+        """Take back the slabs of a namespace that nobody uses, whole: a million blocks cost what one does."""
+        for shard in group.shards.values():
+            for allocator in self._allocators:
+                allocator.retire_all(shard)
+        if self.movement is not None:
+            self.movement.forget(group)
+            self._restoration.forget(group)
 
     def _parent_row(self, group: Group, parent: bytes) -> int:
         return group.index.find(parent) if parent else NO_ROW
@@ -540,10 +725,12 @@ class Store:
         row = index.find(name)
         if row == NO_ROW:
             row = index.add(name, above)
-        elif index.slot(row, HOST, shard.rank) >= 0:
+        elif any(index.slot(row, level, shard.rank) >= 0 for level in range(len(self.tiers))):
             return Outcome.PRESENT, row, None
         elif index.reserved_slot(row, HOST, shard.rank) >= 0:
             return Outcome.IN_FLIGHT, row, None
+        else:
+            index.attach(row, above)
         if shard.slots.has_free():
             return Outcome.WRITE, row, group.reserve(shard, row)
         group.hold((row,))
@@ -563,6 +750,12 @@ class Store:
 
     def _end_lease(self, lease: Lease) -> None:
         lease.group.unhold(lease.rows)
+        if self.movement is not None:
+            self.movement.let_go(lease)
+            index = lease.group.index
+            for row in lease.rows[lease.total :]:  # what could not be read may have been kept by this lease alone
+                if index.hashes[row] is not None:  # unless it went with another of them, or was named twice
+                    index.forget_if_empty(row)
         del self._leases[lease.lease_id]
         lease.session.leases.discard(lease.lease_id)
         self._lease_deadlines.remove(lease.lease_id)
@@ -584,9 +777,20 @@ class Store:
         self._reservation_deadlines.remove(reservation.reservation_id)
 
     def _clear_group(self, group: Group, dry_run: bool) -> Removed:
+        if group.is_idle():
+            removed = group.index.resident_count()
+            if not dry_run:
+                self._give_up_blocks(group)
+                group.begin_anew()
+                self.counters.removed_blocks += removed
+            return Removed(removed, 0)
         done = self._remove(group, set(group.index.rows()), dry_run, keep_ancestors=True)
         if not dry_run:
-            self._allocator.retire_empty(group)
+            if self.movement is not None:
+                self._restoration.abandon(group)
+                group.free_quarantined(NVME)
+            for allocator in self._allocators:
+                allocator.retire_empty(group)
         return done
 
     def _remove(self, group: Group, rows: set[int], dry_run: bool, *, keep_ancestors: bool) -> Removed:
@@ -615,15 +819,16 @@ class Store:
         counters.rejected_orphan_blocks += outcomes.count(Outcome.ORPHAN)
         counters.rejected_draining_blocks += outcomes.count(Outcome.DRAINING)
 
-    def _tier_stats(self) -> TierStats:
-        spaces = [shard.slots for shard in self._shards.values()]
+    def _tier_stats(self, level: int) -> TierStats:
+        tier = self.tiers[level]
+        spaces = [shard.spaces[level] for shard in self._shards.values()]
         return TierStats(
-            tier=self.tier.name,
-            capacity_bytes=self.tier.capacity_bytes,
-            slab_bytes=self.tier.slab_bytes,
-            slabs_total=self.tier.slabs_total,
-            slabs_assigned=self.tier.slabs_total - self.tier.slabs_free,
-            resident_bytes=sum(group.resident_bytes for group in self._groups.values()),
+            tier=tier.name,
+            capacity_bytes=tier.capacity_bytes,
+            slab_bytes=tier.slab_bytes,
+            slabs_total=tier.slabs_total,
+            slabs_assigned=tier.slabs_total - tier.slabs_free,
+            resident_bytes=sum(group.resident_bytes(level) for group in self._groups.values()),
             slots_total=sum(s.slots_total for s in spaces),
             slots_free=sum(s.count(FREE) for s in spaces),
             slots_reserved=sum(s.count(RESERVED) for s in spaces),
@@ -645,5 +850,7 @@ def _with_followers(reservation: Reservation, failed: Sequence[int]) -> set[int]
 
 
 def _acquired(lease: Lease, shard: Shard) -> Acquired:
-    index, rows = lease.group.index, lease.rows
-    return Acquired(lease.lease_id, index.slots(rows, HOST, shard.rank), index.generations(rows, HOST, shard.rank))
+    index, rows, slots = lease.group.index, lease.rows[: lease.total], shard.slots
+    places = index.slots(rows, HOST, shard.rank)
+    checksums = array("Q", map(slots.checksum, places) if slots.knows_checksums else ())
+    return Acquired(lease.lease_id, places, index.generations(rows, shard.rank), lease.ready, checksums)

@@ -1,8 +1,8 @@
 """Eviction policies: whole request chains in, victims out. One policy object serves one namespace group.
 
 A policy sees rows (a block's number in the group's index) and the hashes of the request they came from; it
-never sees slots, leases or tiers. The store asks it for one victim at a time and says through `evictable`
-which rows may go: no lease, no pin, no writer, no present child.
+never sees slots, leases or tiers (each tier of a group has a policy of its own). The store asks it for one victim
+at a time and says through `evictable` which rows may go: no lease, no pin, no writer, no child that would be lost.
 """
 
 from __future__ import annotations
@@ -29,8 +29,21 @@ class EvictionPolicy(Protocol):
     def demote(self, rows: Sequence[int]) -> None:
         """A hint: this chain's own tail will not be asked for again."""
 
-    def victim(self, evictable: Callable[[int], bool]) -> int | None:
-        """The row that should go next, or None when none may. The caller removes it."""
+    def victim(self, evictable: Callable[[int], bool | None]) -> int | None:
+        """The row that should go next, or None when none may. The caller removes it.
+
+        `evictable` answers yes, no, or None: not just now, since it is being copied to a slower tier. The first is
+        taken, the second is in use and so recent, the third stays where it is in the order.
+        """
+
+    def look_again(self) -> None:
+        """Copies have ended: rows about which `evictable` said "not just now" are worth asking about again.
+
+        Until then a policy need not, since thousands of them may lie before the next victim while a drive is slow.
+        """
+
+    def coldest(self, limit: int) -> list[int]:
+        """The next rows in the order in which they would go, whether they may or not; changes nothing."""
 
     def oldest_touch(self) -> float | None:
         """When the block that would go next was last asked for; compares namespaces with each other."""

@@ -14,12 +14,15 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
+_NO_PIECE = -1
+
 
 class _Piece:
-    __slots__ = ("newer", "older", "rows", "touched")
+    __slots__ = ("newer", "number", "older", "rows", "touched")
 
-    def __init__(self) -> None:
-        self.rows: list[int] = []
+    def __init__(self, number: int = _NO_PIECE) -> None:
+        self.number = number
+        self.rows = array("i")
         self.touched = 0.0
         self.older: _Piece = self
         self.newer: _Piece = self
@@ -32,8 +35,11 @@ class LruPolicy:
         """`parents` and `depths` are the index's live columns, read by row."""
         self._parents = parents
         self._depths = depths
-        self._piece_of: list[_Piece | None] = []
+        self._piece_of = array("i")  # numbers of pieces: half as large as references, of which there would be millions
+        self._numbered: list[_Piece | None] = []
+        self._unused: list[int] = []
         self._ring = _Piece()
+        self._skipped = self._ring  # the youngest of the oldest pieces, all of which may not go just now
         self._pieces = 0
 
     def request(self, hashes: Sequence[bytes], rows: Sequence[int], now: float) -> None:
@@ -42,21 +48,32 @@ class LruPolicy:
             self._touch_path(rows[-1], now)
 
     def insert(self, rows: Sequence[int], now: float) -> None:
+        if not rows:
+            return
+        piece_of, parents, numbered = self._piece_of, self._parents, self._numbered
+        piece_of.extend(array("i", [_NO_PIECE]) * (len(parents) - len(piece_of)))
         for row in rows:
-            self._append(row)
-        if rows:
-            self._touch_path(rows[-1], now)
+            parent = parents[row]
+            number = piece_of[parent] if parent >= 0 else _NO_PIECE
+            piece = numbered[number] if number >= 0 else None
+            if piece is None or piece.rows[-1] != parent:  # else it continues its parent's piece
+                piece = self._new_piece(self._ring.older)
+            piece.rows.append(row)
+            piece_of[row] = piece.number
+        self._touch_path(rows[-1], now)
 
     def remove(self, row: int) -> None:
-        piece = self._piece_of[row]
+        piece = self._find(row)
         assert piece is not None, f"row {row} is not known to the policy"
         if piece.rows[-1] != row:
             self._split(piece, self._position(piece, row) + 1)
         piece.rows.pop()
-        self._piece_of[row] = None
+        self._piece_of[row] = _NO_PIECE
         if not piece.rows:
             self._unlink(piece)
             self._pieces -= 1
+            self._numbered[piece.number] = None
+            self._unused.append(piece.number)
 
     def demote(self, rows: Sequence[int]) -> None:
         piece = self._find(rows[-1]) if rows else None
@@ -66,15 +83,41 @@ class LruPolicy:
             self._split(piece, self._position(piece, rows[-1]) + 1)
         self._unlink(piece)
         self._link_after(piece, self._ring)
+        self.look_again()
 
-    def victim(self, evictable: Callable[[int], bool]) -> int | None:
-        for _ in range(self._pieces):
-            piece = self._ring.newer
+    def victim(self, evictable: Callable[[int], bool | None]) -> int | None:
+        row = self._search(evictable)
+        if row is None and self._skipped is not self._ring:
+            self.look_again()
+            row = self._search(evictable)
+        return row
+
+    def look_again(self) -> None:
+        self._skipped = self._ring
+
+    def _search(self, evictable: Callable[[int], bool | None]) -> int | None:
+        """The first that may go; pieces that may not just now are not asked again until `look_again`."""
+        piece, youngest = self._skipped, self._ring.older
+        newer = piece.newer
+        while piece is not youngest:
+            piece, newer = newer, newer.newer
             tail = piece.rows[-1]
-            if evictable(tail):
+            verdict = evictable(tail)
+            if verdict:
                 return tail
-            self._refresh(piece, piece.touched)
+            if verdict is None:
+                self._skipped = piece
+            else:
+                self._refresh(piece, piece.touched)
         return None
+
+    def coldest(self, limit: int) -> list[int]:
+        rows: list[int] = []
+        piece = self._ring.newer
+        while piece is not self._ring and len(rows) < limit:
+            rows += piece.rows[: -(limit - len(rows)) - 1 : -1]
+            piece = piece.newer
+        return rows
 
     def oldest_touch(self) -> float | None:
         return self._ring.newer.touched if self._pieces else None
@@ -86,7 +129,7 @@ class LruPolicy:
         while piece is not self._ring:
             pieces += 1
             for position, row in enumerate(piece.rows):
-                if self._piece_of[row] is not piece or row in seen:
+                if self._find(row) is not piece or row in seen:
                     yield f"row {row} is not in exactly one piece"
                 if position and self._parents[row] != piece.rows[position - 1]:
                     yield f"row {row} does not follow its parent in its piece"
@@ -100,24 +143,23 @@ class LruPolicy:
             yield f"the policy knows {len(seen)} rows, the index {len(set(rows))} resident ones"
 
     def _find(self, row: int) -> _Piece | None:
-        return self._piece_of[row] if row < len(self._piece_of) else None
+        number = self._piece_of[row] if row < len(self._piece_of) else _NO_PIECE
+        return self._numbered[number] if number >= 0 else None
 
-    def _append(self, row: int) -> None:
-        """Let the row continue its parent's piece if it is that piece's tail, else begin a piece."""
-        if row >= len(self._piece_of):
-            self._piece_of.extend([None] * (row + 1 - len(self._piece_of)))
-        parent = self._parents[row]
-        piece = self._find(parent) if parent >= 0 else None
-        if piece is None or piece.rows[-1] != parent:
-            piece = _Piece()
-            self._pieces += 1
-            self._link_after(piece, self._ring.older)
-        piece.rows.append(row)
-        self._piece_of[row] = piece
+    def _new_piece(self, older: _Piece) -> _Piece:
+        if self._unused:
+            piece = _Piece(self._unused.pop())
+            self._numbered[piece.number] = piece
+        else:
+            piece = _Piece(len(self._numbered))
+            self._numbered.append(piece)
+        self._pieces += 1
+        self._link_after(piece, older)
+        return piece
 
     def _touch_path(self, row: int, now: float) -> None:
         """Move the pieces from `row` up to its root to the young end, the root's last."""
-        while row >= 0:
+        while row >= 0 and self._pieces:
             piece = self._find(row)
             if piece is None:
                 row = self._parents[row]
@@ -129,14 +171,13 @@ class LruPolicy:
 
     def _split(self, piece: _Piece, position: int) -> None:
         """Cut rows[position:] off into a piece of their own that keeps the old one's place in the ring."""
-        tail = _Piece()
+        tail = self._new_piece(piece.older)
         tail.rows = piece.rows[position:]
         tail.touched = piece.touched
         del piece.rows[position:]
         for row in tail.rows:
-            self._piece_of[row] = tail
-        self._link_after(tail, piece.older)
-        self._pieces += 1
+            self._piece_of[row] = tail.number
+        self.look_again()  # the piece has another tail
 
     def _position(self, piece: _Piece, row: int) -> int:
         return self._depths[row] - self._depths[piece.rows[0]]
@@ -147,6 +188,8 @@ class LruPolicy:
         self._link_after(piece, self._ring.older)
 
     def _unlink(self, piece: _Piece) -> None:
+        if piece is self._skipped:
+            self._skipped = piece.older
         piece.older.newer = piece.newer
         piece.newer.older = piece.older
 

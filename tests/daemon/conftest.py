@@ -10,8 +10,10 @@ import pytest
 
 from forebay.daemon.counters import RequestCounters
 from forebay.daemon.status import DaemonSnapshot, LoopStats, ProcessStats
-from forebay.kvstore.stats import Counters, NamespaceStats, StoreStats, TierStats
+from forebay.kvstore.stats import Counters, MovementStats, NamespaceStats, StoreStats, TierStats
+from forebay.kvstore.store import TIER_NAMES
 from forebay.tiers.base import TierInfo
+from forebay.tiers.nvme_jobs import LATENCY_BOUNDS_S, DriveInfo, Latency, NvmeInfo
 
 
 def tier_info(up: bool = True, reason: str = "") -> TierInfo:
@@ -21,14 +23,27 @@ def tier_info(up: bool = True, reason: str = "") -> TierInfo:
 
 
 def store_stats(namespaces: int = 1) -> StoreStats:
-    tier = TierStats("host", 1 << 30, 1 << 24, 64, 10, 123 << 20, 1000, 100, 20, 3, 877)
+    tiers = tuple(TierStats(name, 1 << 30, 1 << 24, 64, 10, 123 << 20, 1000, 100, 20, 3, 877) for name in TIER_NAMES)
     named = tuple(
-        NamespaceStats(f"{number:064x}", f"model-{number}", 1000, 16, 2048, 1, 100 + number, 1, 2, 204800 + number, 5.0)
+        NamespaceStats(
+            f"{number:064x}",
+            f"model-{number}",
+            1000,
+            16,
+            2048,
+            1,
+            100 + number,
+            1,
+            2,
+            204800 + number,
+            409600 + number,
+            5.0,
+        )
         for number in range(namespaces)
     )
     counters = Counters(**{each.name: 1000 + position for position, each in enumerate(fields(Counters))})
     return StoreStats(
-        tiers=(tier,),
+        tiers=tiers,
         namespaces=named,
         sessions=3,
         leases=4,
@@ -37,7 +52,28 @@ def store_stats(namespaces: int = 1) -> StoreStats:
         quarantined_reservations=1,
         pinned_blocks=7,
         draining=False,
+        movement=MovementStats(True, 6, 61, 8, 81, 81 << 20, 91, 10 << 40, 11 << 30),
         counters=counters,
+    )
+
+
+def nvme_info() -> NvmeInfo:
+    drive = DriveInfo("/data", True, "", "direct", "", True, 1, 2, 3, 4, "up", "", 5, 6, 3 << 40)
+    counts = tuple(range(len(LATENCY_BOUNDS_S) + 1))
+    return NvmeInfo(
+        (drive,),
+        10_001,
+        10_002,
+        10_003,
+        10_004,
+        Latency(counts, 1.5),
+        Latency(counts, 2.5),
+        (("IO_ERROR", 7),),
+        8,
+        0.5,
+        False,
+        True,
+        20 << 40,
     )
 
 
@@ -59,10 +95,11 @@ def make_snapshot() -> Callable[..., DaemonSnapshot]:
             "runtime_dir": "/run/forebay",
             "store": store_stats(namespaces),
             "tiers": (tier_info(),),
+            "nvme": nvme_info(),
             "refused_sessions": {"Forbidden": 2},
             "verbs": counters.freeze(),
             "loop": LoopStats(77, 1.5, 0.25),
-            "process": ProcessStats(30 << 20, 12.5, 60, 1024, 5),
+            "process": ProcessStats(30 << 20, 12.5, 60, 65_536, 5),
         }
         return DaemonSnapshot(**given | replaced)
 

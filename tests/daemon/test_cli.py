@@ -116,6 +116,12 @@ def test_lookup_prints_what_is_stored(connect: Connect, capsys: pytest.CaptureFi
     assert link.asked == [LookupRequest(7, bytes.fromhex(ONE + TWO))]
 
 
+def test_lookup_tells_the_tiers_apart(connect: Connect, capsys: pytest.CaptureFixture[str]) -> None:
+    connect(lookup=LookupReply(2, (("host", 1), ("nvme", 1)), 12, "load"))
+    assert run("lookup", NS, ONE, TWO) == Exit.OK
+    assert capsys.readouterr().out == "2 of 2 blocks (32 tokens): 1 in host, 1 in nvme\n"
+
+
 def test_lookup_of_nothing_is_a_negative_answer(connect: Connect, capsys: pytest.CaptureFixture[str]) -> None:
     connect(lookup=LookupReply(0, (), 0, ""))
     assert run("lookup", "--json", NS, ONE) == Exit.NEGATIVE

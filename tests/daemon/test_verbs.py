@@ -79,6 +79,7 @@ def test_every_verb_has_an_answer(verbs: Verbs) -> None:
         m.EvictRequest(ns, 1, BLOB[-32:], False),
         m.StatusRequest(),
         m.CheckRequest(),
+        m.PersistRequest(ns, BLOB),
         m.ClearRequest(True),
     ]
     for request in requests:
@@ -87,6 +88,18 @@ def test_every_verb_has_an_answer(verbs: Verbs) -> None:
     assert isinstance(last, m.ReserveReply)
     ask(verbs, m.AbortRequest(last.reservation))
     assert {request.verb for request in requests} | {m.Verb.ABORT} == set(m.Verb)
+
+
+def test_what_is_leased_is_ready_and_nothing_is_durable(verbs: Verbs) -> None:
+    """Memory is the only tier."""
+    ns = stored(verbs)
+    lease = ask(verbs, m.AcquireRequest(ns, BLOB + b"\x77" * 32, 0))
+    assert isinstance(lease, m.AcquireReply)
+    resolved = ask(verbs, m.ResolveRequest(ns, lease.lease))
+    assert isinstance(resolved, m.ResolveReply)
+    assert (lease.ready, lease.checksums) == (resolved.ready, resolved.checksums) == (len(HASHES), b"")
+    assert ask(verbs, m.AcquireRequest(ns, b"\x77" * 32, 0)) == m.AcquireReply(0, b"", b"", 0, b"")
+    assert ask(verbs, m.PersistRequest(ns, BLOB)) == m.PersistReply(0, 0)
 
 
 def test_lookup_names_the_tier(verbs: Verbs) -> None:

@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "deploy"
 TOOL_TIMEOUT_S = 100
 EXPOSURE_MAX = 1.5
+STOP_MARGIN_S = 10
 NODE = Machine(memory_bytes=64 << 30, cpus=16)
 
 # --- systemd -------------------------------------------------------------------------------------------------------
@@ -89,7 +90,8 @@ def test_unit_agrees_with_the_daemon() -> None:
     assert settings["Type"] == ["notify"]
     assert settings["RuntimeDirectory"] == [paths.SYSTEM_DIRECTORY.name]
     assert int(settings["RuntimeDirectoryMode"][0], 8) == paths.DIRECTORY_MODE
-    assert int(settings["TimeoutStopSec"][0]) > config.build({}, NODE).shutdown.drain_s
+    shutdown = config.build({}, NODE).shutdown
+    assert int(settings["TimeoutStopSec"][0]) > shutdown.drain_s + shutdown.flush_s + STOP_MARGIN_S
     assert "PYTHONSAFEPATH=1" in settings["Environment"]
     assert "FOREBAY_RUNTIME_DIR=%t/forebay" in settings["Environment"]
 
@@ -105,6 +107,8 @@ def test_unit_agrees_with_the_daemon() -> None:
         ("ExecReload", "/bin/kill -HUP $MAINPID"),
         ("WatchdogSec", "15"),
         ("User", "forebay"),
+        ("StateDirectory", "forebay"),
+        ("StateDirectoryMode", "0700"),
     ],
 )
 def test_unit_keeps_what_it_promises(name: str, value: str) -> None:
@@ -127,6 +131,20 @@ def test_example_configuration_is_accepted() -> None:
     """With a node's memory, so that the test does not depend on the machine it runs on."""
     loaded = configfile.load(DEPLOY / "forebay.toml", (), NODE)
     assert loaded.config.host.bytes == 32 << 30
+
+
+def test_example_of_an_nvme_tier_is_accepted_and_lies_where_the_unit_may_write(tmp_path: Path) -> None:
+    """It is in comments, where nothing else reads it."""
+    text = (DEPLOY / "forebay.toml").read_text()
+    begun = text.index("# [nvme]")
+    example = "\n".join(line.removeprefix("# ") for line in text[begun : text.index("\n[leases]")].splitlines())
+    file = tmp_path / "nvme.toml"
+    file.write_text(example)
+    loaded = configfile.load(file, (), NODE).config
+    assert loaded.nvme.drive_bytes == 1_920 * 10**9
+    assert loaded.nvme.paths
+    (state,) = unit_settings()["StateDirectory"]
+    assert all(Path(path).is_relative_to(f"/var/lib/{state}") for path in loaded.nvme.paths)
 
 
 def test_example_configuration_passes_the_check_command() -> None:

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import pytest
 
-from forebay.kvstore.groups import SlabOpened, SlabRetired
+from forebay.kvstore.groups import NVME, DriveSlabAssigned, DriveSlabRetired, SlabOpened, SlabRetired
 from forebay.kvstore.outcome import Outcome, Scope
-from support.core import World, chain, outcomes, spec
+from support.core import TwoTiers, World, chain, outcomes, spec
 
 
 def slabs(world: World, ns: int) -> int:
@@ -243,3 +243,49 @@ def test_physical_slab_is_opened_again_only_after_it_was_retired() -> None:
             else:
                 assert owner.pop(event.physical) == (event.ns, event.slab)
     assert len(owner) == 2
+
+
+# --- the drive's slabs ---------------------------------------------------------------------------------------------
+
+
+def drive_slabs(world: TwoTiers, ns: int) -> list[int]:
+    return [slab.physical for slab in world.store.shard(1, ns).spaces[NVME].slabs.values()]
+
+
+def test_namespace_new_to_a_full_drive_gets_a_slab_of_the_coldest() -> None:
+    """As in host memory, and what is in host memory too is not lost by it."""
+    world = TwoTiers(slabs=4, drive_slabs=2)
+    world.store_on_drive(chain("a", 8))
+    world.acquire(chain("a", 1))
+    world.finish_all()
+    other = world.open(spec("other"))
+    world.write(chain("b", 1), ns=other)
+    world.persist(chain("b", 1), ns=other)
+    assert (len(drive_slabs(world, world.ns)), len(drive_slabs(world, other))) == (1, 1)
+    assert world.present(chain("b", 1), ns=other) == chain("b", 1)
+    assert world.hits(chain("a", 8)) in (1, 4)
+    retired, assigned = world.drive.slabs[-2:]
+    assert isinstance(retired, DriveSlabRetired)
+    assert isinstance(assigned, DriveSlabAssigned)
+    assert retired.physical == assigned.physical
+
+
+def test_host_slab_whose_blocks_are_on_the_drive_is_taken_without_loss() -> None:
+    world = TwoTiers(slabs=2)
+    world.write(chain("a", 8))
+    world.persist(chain("a", 8))
+    other = world.open(spec("other"))
+    assert all_written(world, other, "b", 1)
+    assert world.hits(chain("a", 8)) == 8
+    assert sorted(world.where(chain("a", 8))) == ["b"] * 4 + ["d"] * 4
+    assert (world.counters.released_blocks, world.counters.evicted_blocks) == (4, 0)
+
+
+def test_slab_with_a_block_on_its_way_to_the_drive_is_not_taken() -> None:
+    world = TwoTiers(slabs=1)
+    world.write(chain("a", 4))
+    world.store.persist(1, world.ns, chain("a", 4), world.now)
+    other = world.open(spec("other"))
+    assert outcomes(world.write(chain("b", 1), ns=other)) == [Outcome.FULL]
+    world.finish_all()
+    assert outcomes(world.write(chain("b", 1), ns=other)) == [Outcome.WRITE]

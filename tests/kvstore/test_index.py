@@ -208,7 +208,7 @@ def test_generations_are_those_of_the_time_of_writing() -> None:
     row = index.add(b"x", NO_ROW)
     index.reserve(row, 0, 0, 3, 41)
     index.commit(row, 0, 0)
-    assert index.generations([row], 0, 0).tolist() == [41]
+    assert index.generations([row], 0).tolist() == [41]
 
 
 def test_block_in_a_second_tier_stays_complete_when_the_first_is_vacated() -> None:
@@ -285,3 +285,109 @@ def test_walk_finds_what_looking_up_block_by_block_finds(
     present = list(itertools.takewhile(index.complete.__contains__, wanted))
     assert list(index.walk(wanted)) == [index.complete[name] for name in present]
     check(index)
+
+
+# --- found on disk -------------------------------------------------------------------------------------------------
+
+
+def adopt(index: BlockIndex, *found: tuple[bytes, bytes, int, int], rank: int = 0) -> list[int]:
+    """Rows of shards found in the second tier."""
+    rows, _ = index.adopt_all(found, 1, rank)
+    check(index)
+    return rows
+
+
+def test_found_chain_is_complete_and_linked_whatever_came_first() -> None:
+    a, b, c = names = chain("a", 3)
+    shards = [(a, b"", 0, 10), (b, a, 1, 11), (c, b, 2, 12)]
+    for order in itertools.permutations(shards):
+        index = BlockIndex(1, tiers=2)
+        adopt(index, *order)
+        rows = [index.find(name) for name in names]
+        assert list(index.walk(names)) == rows
+        assert index.slots(rows, 1, 0).tolist() == [10, 11, 12]
+        assert [index.parents[row] for row in rows] == [NO_ROW, *rows[:2]]
+        assert [index.depths[row] for row in rows] == [0, 1, 2]
+        assert [index.holds[row] for row in rows] == [0, 0, 0]
+        assert index.doubled == 0
+
+
+def test_found_branches_are_all_children_of_their_parent() -> None:
+    index = BlockIndex(1, tiers=2)
+    parent, *rows = adopt(index, (b"p", b"", 0, 0), *((bytes([n]), b"p", 1, n + 1) for n in range(5)))
+    assert set(index.children(parent)) == set(rows)
+    remove(index, rows[2], 1)
+    adopt(index, (b"new", b"p", 1, 9), (b"other", b"p", 1, 10))
+    assert len(set(index.children(parent))) == 6
+
+
+def test_found_blocks_take_unused_rows_first() -> None:
+    index = BlockIndex(1, tiers=2)
+    rows = add_chain(index, chain("a", 2))
+    for row in reversed(rows):
+        remove(index, row)
+    assert sorted(adopt(index, (b"x", b"", 0, 0), (b"y", b"x", 1, 1), (b"z", b"y", 2, 2))) == [0, 1, 2]
+
+
+def test_parent_not_found_is_a_tombstone_until_it_is() -> None:
+    index = BlockIndex(1, tiers=2)
+    (row,) = adopt(index, (b"c", b"p", 1, 0))
+    parent = index.parents[row]
+    assert index.loose == [parent]
+    assert not index.is_resident(parent)
+    assert adopt(index, (b"p", b"", 0, 1)) == [parent]
+    assert list(index.walk([b"p", b"c"])) == [parent, row]
+
+
+def test_contradiction_leaves_nothing_behind() -> None:
+    index = BlockIndex(1, tiers=2)
+    adopt(index, (b"p", b"", 0, 0), (b"c", b"p", 1, 1))
+    lies = [
+        (b"c", b"unknown", 1, 5),
+        (b"c", b"unknown", 4, 5),
+        (b"c", b"", 0, 5),
+        (b"p", b"c", 2, 5),
+        (b"p", b"unknown", 1, 5),
+        (b"x", b"x", 1, 5),
+        (b"x", b"p", 3, 5),
+        (b"x", b"", 3, 5),
+        (b"x", b"p", 0, 5),
+        (b"x", b"unknown", 1 << 31, 5),
+        (b"c", b"p", 1, 5),
+    ]
+    for lie in lies:
+        assert adopt(index, lie) == [NO_ROW]
+    assert len(index) == 2
+
+
+def test_found_shards_of_several_ranks_make_a_block_complete_together() -> None:
+    index = BlockIndex(2, tiers=2)
+    rows, fresh = index.adopt_all([(b"x", b"", 0, 3)], 1, 0)
+    assert (fresh, list(index.walk([b"x"]))) == (rows, [])
+    check(index)
+    again, fresh = index.adopt_all([(b"x", b"", 0, 4)], 1, 1)
+    assert (again, fresh, list(index.walk([b"x"]))) == (rows, [], rows)
+    check(index)
+
+
+def test_block_in_both_tiers_counts_as_doubled_until_it_leaves_one() -> None:
+    index = BlockIndex(1, tiers=2)
+    (row,) = add_chain(index, [b"x"])
+    assert adopt(index, (b"x", b"", 0, 7)) == [row]
+    assert index.doubled == 1
+    assert (index.is_in(row, 0), index.is_whole_in(row, 1), index.count_by_tier([row])) == (True, True, [1, 0])
+    remove(index, row, 0)
+    assert index.doubled == 0
+    assert index.count_by_tier([row]) == [0, 1]
+    check(index)
+
+
+def test_block_on_its_way_to_a_tier_names_the_slot_it_is_given() -> None:
+    index = BlockIndex(1, tiers=2)
+    (row,) = adopt(index, (b"x", b"", 0, 7))
+    index.reserve(row, 0, 0, 5, 9)
+    assert index.is_coming_to(row, 0)
+    assert (index.slots([row], 0, 0).tolist(), index.generations([row], 0).tolist()) == ([5], [9])
+    index.abort(row, 0, 0)
+    assert not index.is_coming_to(row, 0)
+    assert list(index.walk([b"x"])) == [row]

@@ -7,13 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from forebay.kvstore.errors import LayoutError
-from forebay.kvstore.slabs import FREE, QUARANTINED, RESERVED, RESIDENT, ShardSlots, TierSpace
+from forebay.kvstore.slabs import FREE, QUARANTINED, RESERVED, RESIDENT, ShardSlots, SlabFormat, TierSpace
 
 SLAB_BYTES = 4 * 4096
 
 
 def shard(slabs: int = 1, block_bytes: int = 4096) -> ShardSlots:
-    slots = ShardSlots(SLAB_BYTES, block_bytes)
+    slots = ShardSlots(SlabFormat(SLAB_BYTES), block_bytes)
     for physical in range(slabs):
         slots.add_slab(physical)
     return slots
@@ -25,12 +25,12 @@ def counts(slots: ShardSlots) -> list[int]:
 
 def test_tier_holds_whole_slabs_only() -> None:
     """A remainder of the capacity is never promised."""
-    tier = TierSpace("host", 10_000, 4096)
+    tier = TierSpace("host", 10_000, SlabFormat(4096))
     assert (tier.slabs_total, tier.capacity_bytes, tier.slabs_free) == (2, 8192, 2)
 
 
 def test_physical_slabs_are_taken_lowest_first_and_run_out() -> None:
-    tier = TierSpace("host", 3 * 4096, 4096)
+    tier = TierSpace("host", 3 * 4096, SlabFormat(4096))
     assert [tier.take() for _ in range(4)] == [0, 1, 2, None]
     tier.give_back(1)
     assert tier.take() == 1
@@ -40,13 +40,13 @@ def test_physical_slabs_are_taken_lowest_first_and_run_out() -> None:
     ("block_bytes", "slot_bytes", "slots"), [(1, 4096, 4), (4096, 4096, 4), (4097, 8192, 2), (16_384, 16_384, 1)]
 )
 def test_slot_is_the_block_rounded_up_to_a_page(block_bytes: int, slot_bytes: int, slots: int) -> None:
-    found = ShardSlots(SLAB_BYTES, block_bytes)
+    found = ShardSlots(SlabFormat(SLAB_BYTES), block_bytes)
     assert (found.slot_bytes, found.slots_per_slab) == (slot_bytes, slots)
 
 
 def test_block_larger_than_a_slab_is_refused() -> None:
     with pytest.raises(LayoutError):
-        ShardSlots(SLAB_BYTES, SLAB_BYTES + 1)
+        ShardSlots(SlabFormat(SLAB_BYTES), SLAB_BYTES + 1)
 
 
 def test_slot_id_is_serial_times_slots_and_slot() -> None:
@@ -125,8 +125,22 @@ def test_only_a_reserved_slot_is_published() -> None:
     slots.publish(slot)
     with pytest.raises(AssertionError):
         slots.publish(slot)
+    slots.free(slot)
     with pytest.raises(AssertionError):
         slots.quarantine(slot)
+
+
+def test_slots_of_an_adopted_slab_never_get_a_generation_of_an_earlier_life() -> None:
+    """The block that was found keeps its own; what is written after it, or into the other slots, has a newer one."""
+    slots = shard()
+    slab = slots.adopt_slab(7, 100)
+    slots.adopt([(slab, 0, 3)], [5])
+    found = slab.serial * 4
+    assert slots.generation(found) == 3
+    slots.settle(slab)
+    assert slots.free(found) == 100
+    assert min(slab.generations) >= 100
+    assert slots.free(slots.reserve(1)[0]) == 101
 
 
 def test_check_names_what_is_wrong() -> None:
@@ -167,3 +181,63 @@ def test_slots_agree_with_a_dictionary(events: list[tuple[str, int]]) -> None:
         assert list(slots.check()) == []
         assert counts(slots)[1:] == [list(model.values()).count(s) for s in (RESERVED, QUARANTINED, RESIDENT)]
         assert slots.count(FREE) == slots.slots_total - len(model)
+
+
+def test_very_slab_is_claimed_once() -> None:
+    tier = TierSpace("nvme", 4 * 4096, SlabFormat(4096))
+    assert (tier.claim(2), tier.claim(2), tier.claim(9)) == (True, False, False)
+    assert [tier.take() for _ in range(4)] == [0, 1, 3, None]
+    tier.give_back(2)
+    assert tier.claim(2)
+
+
+def test_slab_given_back_raises_the_first_generation_of_the_next() -> None:
+    tier = TierSpace("nvme", 4 * 4096, SlabFormat(4096))
+    tier.first_generation = 50
+    tier.give_back(0, 40)
+    assert tier.first_generation == 50
+    tier.give_back(1, 60)
+    assert tier.first_generation == 60
+
+
+def test_headers_take_their_room() -> None:
+    assert SlabFormat(10 * 4096, 4096, 4096).slots_per_slab(4096) == 4
+
+
+def test_adopted_slab_gives_no_slot_until_it_is_settled() -> None:
+    slots = shard(0)
+    slab = slots.adopt_slab(3, 100)
+    assert counts(slots) == [0, 0, 4, 0]
+    assert not slots.has_free()
+    slots.adopt([(slab, 1, 9), (slab, 2, 9)], [5, -1])
+    assert counts(slots) == [0, 0, 3, 1]
+    assert (slab.rows[1], slots.place(1)) == (5, (3, 1))
+    assert list(slots.quarantined()) == [0, 2, 3]
+    slots.settle(slab)
+    assert counts(slots) == [3, 0, 0, 1]
+    assert [slots.reserve(1)[0] for _ in range(3)] == [0, 2, 3]
+    assert list(slots.check()) == []
+
+
+def test_block_that_could_not_be_read_leaves_its_slot_quarantined() -> None:
+    slots = shard()
+    slot, _ = slots.reserve(1)
+    slots.publish(slot)
+    slots.quarantine(slot)
+    assert counts(slots) == [3, 0, 1, 0]
+    assert list(slots.quarantined()) == [slot]
+    slots.free(slot)
+    assert counts(slots) == [4, 0, 0, 0]
+
+
+def test_checksum_is_kept_until_its_slot_is_freed() -> None:
+    slots = ShardSlots(SlabFormat(SLAB_BYTES, checksums=True), 4096)
+    slots.add_slab(0)
+    slot, _ = slots.reserve(1)
+    assert not slots.knows_checksums
+    slots.keep_checksum(slot, 0)
+    assert not slots.knows_checksums
+    slots.keep_checksum(slot, 5)
+    assert (slots.checksum(slot), slots.knows_checksums) == (5, True)
+    slots.free(slot)
+    assert slots.checksum(slot) == 0

@@ -832,7 +832,7 @@ def test_check_names_what_is_wrong() -> None:
     world.write(chain("a", 2))
     slab = world.store.slab(1, world.ns, 0)[1]
     slab.physical = 2
-    world.store.tier._free.append(9)
+    world.store.tiers[0]._free[9] = None
     assert world.store.check()
 
 

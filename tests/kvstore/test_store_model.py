@@ -225,6 +225,13 @@ class StoreMachine(RuleBasedStateMachine):
         """
         model, effects = self.model, self.store.drain_effects()
         must_free, gone = set(freed), set()
+        if removed:  # a namespace that nobody uses goes by whole slabs, whose tables tell their readers
+            retired = [(e.ns, e.slab) for e in effects.slabs if isinstance(e, SlabRetired)]
+            bumped = {(ns, slot) for ns, slot, _ in effects.generations}
+            whole = [
+                place for key in retired for place in model.slots_of(*key) if place in model.owners.keys() - bumped
+            ]
+            effects.generations += [(*place, model.generations.get(place, 1) + 1) for place in whole]
         for ns, slot, generation in effects.generations:
             place = (ns, slot)
             assert generation > model.generations.get(place, 1), "a generation did not grow"

@@ -151,6 +151,71 @@ def test_tail_that_may_not_go_makes_its_piece_young() -> None:
     tree.check()
 
 
+def test_tails_that_are_being_copied_are_asked_about_once_until_copies_end() -> None:
+    """A slow drive's window lies before the next victim; each of many stores must not walk over it."""
+    tree = Tree()
+    copied = [chain(tree, 2) for _ in range(3)]
+    free = [chain(tree, 1)[0] for _ in range(3)]
+    busy = {tail for _, tail in copied}
+    asked = []
+
+    def evictable(row: int) -> bool | None:
+        asked.append(row)
+        return None if row in busy else tree.evictable(row)
+
+    assert tree.policy.victim(evictable) == free[0]
+    tree.remove(free[0])
+    assert tree.policy.victim(evictable) == free[1]
+    assert asked == [copied[0][1], copied[1][1], copied[2][1], free[0], free[1]]
+    busy.clear()
+    tree.policy.look_again()
+    assert tree.policy.victim(evictable) == copied[0][1]
+    tree.check()
+
+
+def test_tail_that_was_copied_meanwhile_goes_before_nobody_does() -> None:
+    """Even when nobody said that copies have ended."""
+    tree = Tree()
+    copied, free = chain(tree, 1), chain(tree, 1)
+    busy = set(copied)
+    assert tree.policy.victim(lambda row: None if row in busy else True) == free[0]
+    tree.remove(free[0])
+    busy.clear()
+    assert tree.policy.victim(lambda row: None if row in busy else True) == copied[0]
+
+
+@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+@given(st.data())
+def test_copies_change_nothing_in_the_order_of_victims(data: st.DataObject) -> None:
+    """With rows coming under copy and out of it, the victim is the first of the flat list that may go."""
+    tree, busy = Tree(), set[int]()
+
+    def evictable(row: int) -> bool | None:
+        return None if row in busy else tree.evictable(row) or None
+
+    for _ in range(data.draw(st.integers(1, 40))):
+        known = sorted(tree.flat)
+        action = data.draw(st.sampled_from(("store", "request", "evict", "copy", "copied"))) if known else "store"
+        if action == "store":
+            parent = data.draw(st.sampled_from([-1, *known]))
+            if parent >= 0:
+                tree.request(parent)
+            chain(tree, data.draw(st.integers(1, 3)), parent)
+        elif action == "request":
+            tree.request(data.draw(st.sampled_from(known)))
+        elif action == "copy":
+            busy.add(data.draw(st.sampled_from(known)))
+        elif action == "copied":
+            busy.clear()
+            tree.policy.look_again()
+        else:
+            first = next((row for row in tree.flat if evictable(row)), None)
+            assert tree.policy.victim(evictable) == first
+            if first is not None:
+                tree.remove(first)
+        tree.check()
+
+
 def test_no_victim_when_nothing_may_go() -> None:
     """Asking ends after each piece was asked."""
     tree = Tree()
@@ -205,3 +270,42 @@ def test_row_used_again_for_another_block_is_a_new_block() -> None:
     tree.remove(first[0])
     tree.insert(first)
     assert drained(tree) == [second[0], first[0]]
+
+
+def test_tail_that_is_being_copied_stays_where_it_is_in_the_order() -> None:
+    """Passed over, it is the first to go once the copy is made."""
+    tree = Tree()
+    copied, other = chain(tree, 2), chain(tree, 2)
+    assert tree.policy.victim(lambda row: None if row in copied else True) == other[1]
+    assert tree.policy.coldest(4) == [copied[1], copied[0], other[1], other[0]]
+    tree.policy.look_again()
+    assert tree.policy.victim(tree.evictable) == copied[1]
+    tree.check()
+
+
+def test_coldest_are_those_that_would_go_next_in_their_order() -> None:
+    """However few are asked for, and without changing anything."""
+    tree = Tree()
+    prefix = chain(tree, 2)
+    first = chain(tree, 3, prefix[-1])
+    tree.request(prefix[-1])
+    chain(tree, 2, prefix[-1])
+    everything = tree.policy.coldest(99)
+    assert [tree.policy.coldest(limit) for limit in range(8)] == [everything[:limit] for limit in range(8)]
+    assert everything[:3] == first[::-1]
+    assert drained(tree) == everything
+
+
+def test_nothing_is_coldest_in_an_empty_policy() -> None:
+    assert Tree().policy.coldest(3) == []
+
+
+def test_numbers_of_pieces_are_used_again() -> None:
+    """Otherwise they would grow with every chain that ever came and went."""
+    tree = Tree()
+    for _ in range(50):
+        rows = chain(tree, 2)
+        tree.request(rows[0])
+        drained(tree)
+    assert len(tree.policy._numbered) <= 2
+    tree.check()

@@ -6,11 +6,15 @@ import hashlib
 import itertools
 from array import array
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from forebay.kvstore.groups import Effects
+from forebay.kvstore.groups import HOST, NVME, DriveSlabAssigned, DriveSlabRetired, Effects, Transfer
+from forebay.kvstore.index import BlockIndex
+from forebay.kvstore.movement import PAGE_BYTES, NvmeConfig, Verdict
 from forebay.kvstore.namespace import NamespaceSpec
 from forebay.kvstore.outcome import Outcome
+from forebay.kvstore.stats import Counters, TierStats
 from forebay.kvstore.store import Reserved, Store, StoreConfig
 
 BLOCK_BYTES = 4096
@@ -101,3 +105,125 @@ class World:
 
 def numbers(values: array[int]) -> list[int]:
     return values.tolist()
+
+
+class Drive:
+    """What the nvme tier of a `TwoTiers` did and has still to do; nothing ends by itself."""
+
+    def __init__(self) -> None:
+        self.pending: list[Transfer] = []
+        self.cancelled: list[int] = []
+        self.forgotten: list[tuple[int, int]] = []
+        self.progress: list[tuple[int, int, int, int]] = []
+        self.slabs: list[DriveSlabAssigned | DriveSlabRetired] = []
+
+
+class TwoTiers(World):
+    """A `World` over a drive whose slabs are known and empty; slots of one block of 4 KiB, as many in a slab of either.
+
+    Args:
+        drive_slabs: physical slabs of the drive.
+        restored: whether the drive has already told what it holds.
+        nvme: fields of the core's `NvmeConfig`; sizes are set so that small worlds may write all they hold at once.
+    """
+
+    def __init__(
+        self,
+        slabs: int = 4,
+        slots: int = 4,
+        *,
+        drive_slabs: int = 8,
+        restored: bool = True,
+        nvme: dict[str, Any] | None = None,
+        **config: Any,
+    ) -> None:
+        slab_bytes = PAGE_BYTES + slots * (PAGE_BYTES + BLOCK_BYTES)
+        given = {"window_bytes": 1 << 20, "chunk_bytes": 1 << 20, "prefetch_share": 1.0, **(nvme or {})}
+        super().__init__(slabs, slots, nvme=NvmeConfig(drive_slabs * slab_bytes, slab_bytes, **given), **config)
+        self.drive = Drive()
+        if restored:
+            self.store.restore_slabs([], 1 << 32 | 1)
+            self.store.restore_done()
+
+    @property
+    def index(self) -> BlockIndex:
+        return self.store.shard(self.session, self.ns).group.index
+
+    @property
+    def counters(self) -> Counters:
+        return self.store.counters
+
+    def step(self) -> list[Transfer]:
+        """Take the effects in; returns the transfers that are new."""
+        effects = self.effects()
+        drive = self.drive
+        drive.pending += effects.transfers
+        drive.cancelled += effects.cancelled
+        drive.forgotten += effects.forgotten
+        drive.slabs += effects.drive_slabs
+        drive.progress += [(p.session_id, p.lease_id, p.ready, p.total) for p in effects.progress]
+        self.check()
+        return effects.transfers
+
+    def told(self) -> list[tuple[int, int, int, int]]:
+        """(session, lease, ready, total) of each notice since the last call."""
+        self.step()
+        progress, self.drive.progress = self.drive.progress, []
+        return progress
+
+    def finish(self, transfer: Transfer, *verdicts: Verdict, checksum: int = 0) -> None:
+        """End a transfer; without verdicts, well."""
+        self.drive.pending.remove(transfer)
+        count = len(transfer.rows)
+        ends = list(verdicts) * (count if len(verdicts) == 1 else 1) or [Verdict.OK] * count
+        self.store.transfer_done(transfer.transfer_id, ends, [checksum] * count, self.now)
+        self.step()
+
+    def finish_all(self, *verdicts: Verdict, checksum: int = 0) -> None:
+        self.step()
+        while self.drive.pending:
+            self.finish(self.drive.pending[0], *verdicts, checksum=checksum)
+
+    def names_of(self, transfer: Transfer) -> list[bytes]:
+        hashes = transfer.shard.group.index.hashes
+        return [hashes[row] or b"" for row in transfer.rows]
+
+    def persist(self, hashes: Sequence[bytes], *, ns: int | None = None) -> None:
+        """Write them down, as many as the drive takes, and let that end."""
+        while self.store.persist(self.session, ns or self.ns, hashes, self.now).pending:
+            self.finish_all()
+
+    def store_on_drive(self, hashes: Sequence[bytes]) -> None:
+        """Written down, and no longer in host memory; one by one, so that they may be more than that holds."""
+        group = self.store.shard(self.session, self.ns).group
+        for position, name in enumerate(hashes):
+            assert outcomes(self.write(hashes[: position + 1]))[-1] == Outcome.WRITE
+            self.persist(hashes[: position + 1])
+            group.evict(group.index.find(name), HOST)
+            self.step()
+
+    def where(self, hashes: Iterable[bytes]) -> str:
+        """A letter for each block: (h)ost, (d)rive, (b)oth, or a dot."""
+        letters = {(False, False): ".", (True, False): "h", (False, True): "d", (True, True): "b"}
+        rows = map(self.index.find, hashes)
+        return "".join(
+            letters[row >= 0 and self.index.is_in(row, HOST), row >= 0 and self.index.is_in(row, NVME)] for row in rows
+        )
+
+    def drive_tier(self) -> TierStats:
+        return self.store.stats().tiers[NVME]
+
+
+@dataclass(frozen=True)
+class SlabOwner:
+    """Whose a slab of the drive was."""
+
+    uid: int
+    group_fingerprint: bytes
+    rank: int = 0
+    shard_size: int = 1
+    block_bytes: int = BLOCK_BYTES
+    slot_bytes: int = BLOCK_BYTES
+    hash_bytes: int = 32
+    block_tokens: int = 16
+    model: str = "m"

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -28,25 +28,40 @@ STOP_S = 15.0
 
 
 class LiveDaemon:
-    """`forebay serve` on a runtime directory of its own. Settings are flags: ``{"leases.ttl_ms": 200}``."""
+    """`forebay serve` on a runtime directory of its own. Settings are flags: ``{"leases.ttl_ms": 200}``.
+
+    `settings` and `wrap` may be changed between two starts.
+    """
 
     def __init__(
-        self, settings: dict[str, object] | None = None, *, host_bytes: str = "64MiB", descriptors: int = 0
+        self,
+        settings: dict[str, object] | None = None,
+        *,
+        host_bytes: str = "64MiB",
+        descriptors: int = 0,
+        wrap: Sequence[str] = (),
     ) -> None:
-        """`descriptors` is the most files it may open; 0 for this process's limit."""
+        """`descriptors` is the most files it may open; 0 for this process's limit. `wrap` is a command that ends by
+        becoming the one that follows it.
+        """
         self._folder = tempfile.TemporaryDirectory(prefix="forebay-test-")
+        self.folder = Path(self._folder.name)
         self.runtime_dir = Path(self._folder.name) / "run"
         self.log_path = Path(self._folder.name) / "log"
         self.config_path = Path(self._folder.name) / "forebay.toml"
         self.config_path.write_text("")
         self.messages: list[bytes] = []
         self._ready: socket.socket | None = None
-        self._limit = ["prlimit", f"--nofile={descriptors}:{descriptors}"] if descriptors else []
-        self._settings = {"host.bytes": host_bytes, "metrics.listen": "off", **(settings or {})}
+        self.wrap = ["prlimit", f"--nofile={descriptors}:{descriptors}"] if descriptors else [*wrap]
+        self.settings: dict[str, object] = {"host.bytes": host_bytes, "metrics.listen": "off", **(settings or {})}
         self.process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Self:
-        self.start()
+        try:
+            self.start()
+        except BaseException as error:
+            self.__exit__(type(error), error, error.__traceback__)
+            raise
         return self
 
     def __exit__(
@@ -65,7 +80,12 @@ class LiveDaemon:
 
     def start(self) -> None:
         """Start, and return when it says that it is ready."""
-        flags = [part for key, value in self._settings.items() for part in ("--set", f"{key}={value}")]
+        self.launch()
+        self.wait_for(b"READY=1")
+
+    def launch(self) -> None:
+        """Start, and return at once."""
+        flags = [part for key, value in self.settings.items() for part in ("--set", f"{key}={value}")]
         flags += ["--config", str(self.config_path)]
         notify = str(Path(self._folder.name) / "notify")
         self._close_ready()
@@ -74,12 +94,22 @@ class LiveDaemon:
             Path(notify).unlink(missing_ok=True)
             ready.bind(notify)
             self.process = subprocess.Popen(
-                [*self._limit, FOREBAY, "serve", "--runtime-dir", str(self.runtime_dir), *flags],
+                [*self.wrap, FOREBAY, "serve", "--runtime-dir", str(self.runtime_dir), *flags],
                 stdout=log,
                 stderr=log,
                 env={**os.environ, "NOTIFY_SOCKET": notify},
             )
-        self.wait_for(b"READY=1")
+
+    def is_ready(self) -> bool:
+        """Wait until it says that it is; False when it has died instead."""
+        assert self.process is not None
+        try:
+            self.wait_for(b"READY=1")
+        except AssertionError:
+            if self.process.poll() is None:
+                raise
+            return False
+        return True
 
     def kill(self) -> None:
         """SIGKILL, as the out-of-memory killer does."""

@@ -1,0 +1,165 @@
+"""Between the store and the nvme tier: effects become jobs on host memory, and their ends the store's next events.
+
+Owned by the owner thread. It names memory and never touches it: the tier's threads read and write the slots.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+
+from forebay.daemon.live_slabs import LiveSlabs
+from forebay.daemon.logging import fields
+from forebay.kvstore.groups import NVME, Direction, DriveSlabAssigned, Effects, Shard, Transfer
+from forebay.kvstore.movement import Verdict
+from forebay.kvstore.store import Store
+from forebay.tiers.nvme import NvmeTier
+from forebay.tiers.nvme_jobs import (
+    IoStatus,
+    JobDone,
+    LoadJob,
+    NvmeInfo,
+    RestoredBlocks,
+    RestoreDone,
+    RestoredSlabs,
+    SlabOwner,
+    WriteJob,
+)
+
+log = logging.getLogger(__name__)
+
+VERDICTS = {
+    IoStatus.OK: Verdict.OK,
+    IoStatus.CANCELLED: Verdict.CANCELLED,
+    IoStatus.IO_ERROR: Verdict.FAILED,
+    IoStatus.BAD_HEADER: Verdict.CORRUPT,
+    IoStatus.BAD_PAYLOAD: Verdict.CORRUPT,
+    IoStatus.OTHER_BLOCK: Verdict.STALE,
+    IoStatus.NO_SPACE: Verdict.FAILED,
+    IoStatus.DOWN: Verdict.CANCELLED,
+}
+_TABLE = bytes(VERDICTS[IoStatus(byte)] if byte in set(IoStatus) else Verdict.FAILED for byte in range(256))
+
+
+class Mover:
+    """Carries out what the store decided about the nvme tier, and tells it what came of it."""
+
+    def __init__(self, store: Store, tier: NvmeTier, memory: LiveSlabs) -> None:
+        self._store = store
+        self._tier = tier
+        self._memory = memory
+
+    def carry_out(self, effects: Effects, now: float) -> None:
+        """To be called after the memory of new slabs was had; never waits."""
+        if effects.forgotten:
+            self._tier.forget(effects.forgotten)
+        for change in effects.drive_slabs:
+            if isinstance(change, DriveSlabAssigned):
+                self._tier.assign_slab(change.physical, _owner(change.shard), change.generation)
+            else:
+                self._tier.retire_slab(change.physical)
+        for transfer in effects.transfers:
+            self._begin(transfer, now)
+        for transfer_id in effects.cancelled:
+            self._tier.cancel(transfer_id)
+
+    def collect(self, now: float) -> None:
+        """Tell the store all that has ended or was found since the last call."""
+        for event in self._tier.completed():
+            if isinstance(event, JobDone):
+                self._store.transfer_done(event.job_id, event.statuses.translate(_TABLE), event.checksums, now)
+            elif isinstance(event, RestoredSlabs):
+                self._store.restore_slabs(event.slabs, self._tier.first_generation)
+            elif isinstance(event, RestoredBlocks):
+                self._store.restore_blocks(event.blocks, now)
+            else:
+                self._restored(event)
+
+    def detail(self) -> NvmeInfo:
+        return self._tier.detail()
+
+    def _begin(self, transfer: Transfer, now: float) -> None:
+        shard, index = transfer.shard, transfer.shard.group.index
+        views = self._views(transfer)
+        if views is None:  # its slab's memory could not be had
+            count = len(transfer.rows)
+            self._store.transfer_done(transfer.transfer_id, [Verdict.CANCELLED] * count, [0] * count, now)
+            return
+        places = [shard.spaces[NVME].place(slot) for slot in transfer.nvme_slots]
+        slabs, slots = [slab for slab, _ in places], [slot for _, slot in places]
+        hashes = [index.hashes[row] or b"" for row in transfer.rows]
+        space, namespace = shard.spaces[NVME], _owner(shard).namespace_id()
+        if transfer.direction == Direction.LOAD:
+            self._tier.load(
+                LoadJob(
+                    job_id=transfer.transfer_id,
+                    slot_bytes=space.slot_bytes,
+                    payload_bytes=space.block_bytes,
+                    namespace_id=namespace,
+                    slabs=slabs,
+                    slots=slots,
+                    hashes=hashes,
+                    generations=transfer.generations,
+                    views=views,
+                )
+            )
+            return
+        above = [index.parents[row] for row in transfer.rows]
+        self._tier.write(
+            WriteJob(
+                job_id=transfer.transfer_id,
+                slot_bytes=space.slot_bytes,
+                payload_bytes=space.block_bytes,
+                namespace_id=namespace,
+                slabs=slabs,
+                slots=slots,
+                hashes=hashes,
+                generations=transfer.generations,
+                views=views,
+                parents=[(index.hashes[row] or b"") if row >= 0 else b"" for row in above],
+                depths=[index.depths[row] for row in transfer.rows],
+            )
+        )
+
+    def _views(self, transfer: Transfer) -> list[memoryview] | None:
+        shard = transfer.shard
+        size, per_slab = shard.slots.slot_bytes, shard.slots.slots_per_slab
+        views = []
+        for host_slot in transfer.host_slots:
+            serial, slot = divmod(host_slot, per_slab)
+            view = self._memory.view(shard.ns, serial)
+            if view is None:
+                return None
+            views.append(view[slot * size : (slot + 1) * size])
+        return views
+
+    def _restored(self, event: RestoreDone) -> None:
+        self._store.restore_done()
+        _trim()
+        for problem in event.problems:
+            log.warning("the index of the nvme tier was made anew", extra=fields(reason=problem))
+        seconds = round(event.seconds, 3)
+        log.info("nvme tier restored", extra=fields(blocks=event.blocks, seconds=seconds, rebuilt=event.rebuilt))
+
+
+def _trim() -> None:
+    """Give back the holes that growing columns have left, 50 bytes a block found. Milliseconds, without the GIL."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+    if trim is not None:
+        trim(0)
+
+
+def _owner(shard: Shard) -> SlabOwner:
+    """What the disk needs to know of a shard."""
+    spec, space = shard.group.spec, shard.spaces[NVME]
+    return SlabOwner(
+        uid=shard.group.uid,
+        group_fingerprint=shard.group.fingerprint,
+        rank=shard.rank,
+        shard_size=shard.group.index.shard_size,
+        block_bytes=space.block_bytes,
+        slot_bytes=space.slot_bytes,
+        hash_bytes=spec.hash_bytes,
+        block_tokens=spec.block_tokens,
+        model=spec.model,
+    )
