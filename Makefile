@@ -24,7 +24,7 @@ PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11,\
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format types layers docs docs-check unit bench coverage build setup clean
+.PHONY: help demo test lint format types layers docs docs-check unit bench faults coverage build setup clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -56,6 +56,9 @@ unit: $(STAMPS)/dev ## all tests (PYTEST_ARGS='-k name')
 
 bench: $(STAMPS)/dev ## the figures, each beside its bound (BENCH_ARGS=--quick for the short run)
 	$(BIN)/forebay bench $(BENCH_ARGS)
+
+faults: $(STAMPS)/dev ## a simulated disk on many seeds, kills, flipped bits; one line of JSON (FAULTS_ARGS="--seeds 100")
+	@$(BIN)/python -P tests/faults/run_faults.py $(FAULTS_ARGS)
 
 coverage: $(STAMPS)/dev ## tests, with the lines they did not reach
 	$(BIN)/coverage run -m pytest $(PYTEST_ARGS)

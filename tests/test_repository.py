@@ -114,7 +114,7 @@ def test_base_installation_has_lower_bounds_and_no_array_framework() -> None:
     dependencies = pyproject["project"]["dependencies"]
     assert all(">=" in dependency for dependency in dependencies)
     names = {re.split(r"[><=]", dependency)[0] for dependency in dependencies}
-    assert names == {"pyzmq", "msgpack", "psutil", "prometheus-client", "lmdb", "numpy"}
+    assert names == {"pyzmq", "msgpack", "psutil", "prometheus-client", "lmdb", "numpy", "xxhash"}
 
 
 def test_version_is_the_same_everywhere() -> None:

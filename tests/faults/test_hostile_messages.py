@@ -53,7 +53,7 @@ def _requests(token: bytes, rng: random.Random) -> list[bytes]:
         m.ResolveRequest(1, rng.getrandbits(62) + 1),
         m.ReleaseRequest(rng.getrandbits(62) + 1),
         m.ReserveRequest(1, b"", blob),
-        m.CommitRequest(rng.getrandbits(62) + 1, b""),
+        m.CommitRequest(rng.getrandbits(62) + 1, b"", rng.randbytes(8 * 4)),
         m.AbortRequest(rng.getrandbits(62) + 1),
         m.PinRequest(1, blob),
         m.UnpinRequest(1, blob),
@@ -61,6 +61,7 @@ def _requests(token: bytes, rng: random.Random) -> list[bytes]:
         m.TouchRequest(1, blob),
         m.DoneRequest(1, blob),
         m.PrefetchRequest(1, blob),
+        m.PersistRequest(1, blob),
         m.StatusRequest(),
     ]
     return [encode_request(number + 1, token, request) for number, request in enumerate(made)]
