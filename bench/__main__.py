@@ -7,6 +7,7 @@ figures without a value and the others untouched.
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import signal
 import sys
@@ -18,15 +19,15 @@ from functools import partial
 from pathlib import Path
 from types import FrameType
 
-from forebay.bench import control, copies, footprint
+from forebay.bench import control, copies, footprint, nvme, nvme_beside, nvme_restart
 from forebay.bench.engine_memory import PAGED, PLAIN, UNALIGNED, Layout
 from forebay.bench.figures import TARGETS, Figure, passed, table, to_json
 from forebay.bench.plan import Plan
 from forebay.bench.processes import BenchError, Cores
 from forebay.kvstore.errors import ForebayError
 
-QUICK_S, FULL_S = 47, 460
-"""No run takes longer; what was not measured by then fails."""
+NVME_PATH = Path("/var/tmp")  # noqa: S108  # mkdtemp makes a directory of our own in it
+"""Where the nvme tier is measured unless told otherwise: seldom in memory, unlike /tmp."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +53,29 @@ SECTIONS = (
     *(_copies(layout, in_quick=False) for layout in UNALIGNED),
     Section(copies.client_names(), copies.many_clients, in_quick=False),
 )
-NAMES = tuple(name for section in SECTIONS for name in section.figures)
+NVME_SECTIONS = (
+    Section(nvme.LARGE_NAMES, nvme.large),
+    Section(nvme.SMALL_NAMES, nvme.small),
+    Section((nvme_beside.NAME,), nvme_beside.host),
+    Section(nvme_restart.NAMES, nvme_restart.restart),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Suite:
+    """Sections that are run together, and the seconds after which no run goes on: what is not measured then fails."""
+
+    sections: tuple[Section, ...]
+    quick_s: int
+    full_s: int
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(name for section in self.sections for name in section.figures)
+
+
+SUITES = {"": Suite(SECTIONS, 47, 460), "nvme": Suite(NVME_SECTIONS, 180, 600)}
+NAMES = tuple(name for suite in SUITES.values() for name in suite.names)
 
 
 class OutOfTime(BenchError):
@@ -62,22 +85,28 @@ class OutOfTime(BenchError):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and print; see the module's text for the status."""
     parsed = _parser().parse_args(arguments)
-    unknown = sorted(set(parsed.only or ()) - set(NAMES))
+    suite = SUITES[parsed.suite]
+    unknown = sorted(set(parsed.only or ()) - set(suite.names))
     if unknown:
-        print(f"forebay bench: unknown figure {unknown[0]!r}; known: {', '.join(NAMES)}", file=sys.stderr)
+        print(f"forebay bench: unknown figure {unknown[0]!r}; known: {', '.join(suite.names)}", file=sys.stderr)
         return 2
-    chosen = [name for each in SECTIONS if each.in_quick or not parsed.quick for name in each.figures]
+    chosen = [name for each in suite.sections if each.in_quick or not parsed.quick for name in each.figures]
     directory = Path(tempfile.mkdtemp(prefix="forebay-bench-"))
-    plan = Plan(parsed.quick, directory, Cores.here(), frozenset(parsed.only or chosen), _Progress())
+    drive = Path(tempfile.mkdtemp(prefix="forebay-bench-", dir=parsed.path or NVME_PATH)) if parsed.suite else None
+    plan = Plan(
+        parsed.quick, directory, Cores.here(), frozenset(parsed.only or chosen), _Progress(), drive, parsed.path
+    )
     signal.signal(signal.SIGTERM, _terminated)
     signal.signal(signal.SIGALRM, _out_of_time)
-    signal.alarm(plan.pick(QUICK_S, FULL_S))
+    signal.alarm(plan.pick(suite.quick_s, suite.full_s))
     try:
-        figures = list(run(plan))
+        figures = list(run(plan, suite.sections))
     except KeyboardInterrupt:
         return 130
     finally:
         signal.alarm(0)
+        if drive is not None:
+            shutil.rmtree(drive, ignore_errors=True)
         if parsed.keep_runtime:
             plan.progress(f"logs and sockets are in {directory}")
         else:
@@ -114,11 +143,33 @@ def _parser() -> argparse.ArgumentParser:
         description="Measure a daemon of its own on this machine, each figure beside its bound.",
         epilog="exit status: 0 all targets met, 1 not so, 2 usage. docs/benchmarks.md says what the figures mean.",
     )
+    parser.add_argument(
+        "suite",
+        nargs="?",
+        choices=sorted(SUITES),
+        default="",
+        metavar="nvme",
+        help="the nvme tier, instead of the rest",
+    )
     parser.add_argument("--quick", action="store_true", help="at most 50 s; fewer repetitions and sizes")
     parser.add_argument("--json", action="store_true", help="one JSON object: figure name -> its value and the rest")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these figures alone")
+    parser.add_argument(
+        "--path",
+        type=_directory,
+        metavar="DIR",
+        help="nvme: measure the drive of this directory, one of nvme.paths say, and leave what was measured there in "
+        f"bandwidth.json; otherwise that of {NVME_PATH}",
+    )
     parser.add_argument("--keep-runtime", action="store_true", help="leave the daemons' logs behind and say where")
     return parser
+
+
+def _directory(text: str) -> Path:
+    path = Path(text)
+    if not os.access(path, os.W_OK | os.X_OK) or not path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a directory that can be written to")
+    return path
 
 
 class _Progress:

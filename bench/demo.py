@@ -1,12 +1,14 @@
 """The demonstration: two engine processes share one daemon, and a prompt read once is never computed again.
 
+In the second act not even after the daemon has been killed: a new one finds on the drive what the first had written.
+
 Two processes, each with a real trained model, chat about long documents (pages of Python's own language reference,
 which every Python carries). The second asks other questions about the first one's documents and continues its
 chats. Each request runs twice in the same process, through forebay and by plain `generate`; greedy float32 tokens
 must be the same. The engines take turns, because on a small machine two at once would time each other.
 
-Exit status: 0 all identical and some tokens restored, 1 not so, 2 usage, 3 the model could not be set up, 4 a process
-failed, 130 interrupted.
+Exit status: 0 all identical and some tokens restored, in the second act from nvme; 1 not so, 2 usage, 3 the model could
+not be set up, 4 a process failed, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
@@ -26,11 +29,15 @@ from typing import Any
 
 from forebay.bench import demo_model
 from forebay.bench.demo_processes import Process, ProcessError, forebay, python
+from forebay.bench.demo_rows import HEADER, Row, failures, row_text, summarize, summary_text
 
 READY_S = 120.0
 ANSWER_S = 300.0
 DAEMON_READY_S = 30.0
 HOST_BYTES = "1GiB"
+NVME_BYTES, NVME_BYTES_MIN = 2 << 30, 256 << 20
+PERSIST_S = 60.0
+FIND_S = 30.0
 PLAIN_PROGRESS_S = 10.0
 TINY_DOCUMENT_CHARS = 1500
 EXIT_DIFFERS, EXIT_SETUP, EXIT_PROCESS, EXIT_INTERRUPTED = 1, 3, 4, 130
@@ -62,27 +69,15 @@ SCRIPT = (
     Ask("A", "calls-1", "calls", "Thank you. Summarize what we discussed in one sentence."),
     Ask("A", "try-2", "try", "And what does the else clause do?"),
 )
-QUICK = tuple(ask for ask in SCRIPT if ask.document == "calls")
+AFTER_KILL = (
+    Ask("B", "calls-1", "calls", "Which of the answers above was the most important one?"),
+    Ask("A", "function-1", "function", "What is the value of a default parameter?"),
+    Ask("A", "try-1", "try", "And what is a finally clause for?"),
+)
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """What one request showed; times in seconds to the first token."""
-
-    engine: str
-    chat: str
-    turn: int
-    prompt_tokens: int
-    restored_tokens: int
-    plain_ttft_s: float
-    ttft_s: float
-    restored_bytes: int
-    gb_per_s: float
-    stored_blocks: int
-    identical: bool
-    failure: str
-    question: str
-    answer: str
+def _quick(script: tuple[Ask, ...]) -> tuple[Ask, ...]:
+    return tuple(ask for ask in script if ask.document == "calls")
 
 
 class Progress:
@@ -120,27 +115,59 @@ class Demo:
         self._options = options
         self._progress = progress
         self._out = sys.stderr if options.json else sys.stdout
+        self._nvme_bytes = _nvme_bytes(Path(tempfile.gettempdir()))
         self._dir = Path(tempfile.mkdtemp(prefix="forebay-demo-"))
         self._runtime = self._dir / "run"
         self._processes: list[Process] = []
         self._histories: dict[str, list[int]] = {}
         self._turns: dict[str, int] = {}
+        self._engines: dict[str, Process] = {}
+        self._daemon: Process | None = None
         self.rows: list[Row] = []
 
     def run(self) -> None:
-        """Play the script; raises ProcessError when a process fails."""
+        """Play both acts; raises ProcessError when a process fails."""
+        script, after = (_quick(SCRIPT), _quick(AFTER_KILL)) if self._options.quick else (SCRIPT, AFTER_KILL)
         self._start_daemon()
-        engines = self._start_engines()
-        script = QUICK if self._options.quick else SCRIPT
-        self._print(_HEADER)
+        self._start_engines()
+        if self._play(script, act=1):
+            self._kill_daemon(after)
+            self._play(after, act=2)
+
+    def totals(self) -> list[dict[str, Any]]:
+        """The totals of each act that was played."""
+        acts = [[row for row in self.rows if row.act == act] for act in (1, 2)]
+        return [summarize(rows) for rows in acts if rows]
+
+    def _play(self, script: tuple[Ask, ...], act: int) -> bool:
+        """Whether to go on after it."""
+        self._print(HEADER)
         for number, ask in enumerate(script, start=1):
             self._progress.say(f"request {number} of {len(script)}: engine {ask.engine}, chat {ask.chat}")
-            row = self._ask(engines[ask.engine], ask)
+            row = self._ask(self._engines[ask.engine], ask, act)
             self.rows.append(row)
-            self._print(_row_text(row))
+            self._print(row_text(row))
             if not row.identical and not self._options.keep_going:
                 self._print("stopped at the first output that differs (--keep-going goes on)")
-                return
+                return False
+        return True
+
+    def _kill_daemon(self, asks: Sequence[Ask]) -> None:
+        """Between the acts: make durable what the second will ask for, kill the daemon, start another."""
+        assert self._daemon is not None
+        self._progress.say("waiting until the drive has what will be asked for")
+        replies = [self._request(ask, {"persist": self._histories[ask.chat], "timeout_s": PERSIST_S}) for ask in asks]
+        durable, wanted, took_s = (sum(reply[key] for reply in replies) for key in ("durable", "wanted", "seconds"))
+        self._print(f"\nsecond act: {durable} of {wanted} blocks of {len(asks)} chats made durable in {took_s:.2f} s")
+        self._daemon.kill()
+        begun = time.monotonic()
+        self._start_daemon()
+        self._print(f"the daemon killed (SIGKILL); another one answered {time.monotonic() - begun:.2f} s later")
+
+    def _request(self, ask: Ask, request: dict[str, Any]) -> dict[str, Any]:
+        engine = self._engines[ask.engine]
+        engine.send(request)
+        return engine.receive(ANSWER_S, self._progress.tick)
 
     def status(self) -> str:
         """What `forebay status` prints now."""
@@ -159,7 +186,10 @@ class Demo:
     def _start_daemon(self) -> None:
         self._progress.say("starting the daemon")
         arguments = ["serve", "--runtime-dir", str(self._runtime), "--host-bytes", HOST_BYTES]
-        daemon = self._start("daemon", forebay(*arguments, "--metrics-listen", "off"))
+        arguments += ["--set", f"nvme.paths={self._dir / 'nvme'}", "--set", f"nvme.bytes={self._nvme_bytes}"]
+        number = sum(process.name.startswith("daemon") for process in self._processes) + 1
+        command = forebay(*arguments, "--metrics-listen", "off")
+        self._daemon = daemon = self._start(f"daemon {number}", command)
         deadline = time.monotonic() + DAEMON_READY_S
         ping = forebay("ping", "--runtime-dir", str(self._runtime))
         while subprocess.run(ping, capture_output=True, timeout=DAEMON_READY_S).returncode != 0:
@@ -167,8 +197,8 @@ class Demo:
                 raise daemon.failure("does not answer")
             self._progress.tick()
 
-    def _start_engines(self) -> dict[str, Process]:
-        engines = {}
+    def _start_engines(self) -> None:
+        engines = self._engines
         for name in ("A", "B"):
             arguments = ["--model", self._options.model, "--runtime-dir", str(self._runtime), "--name", f"demo-{name}"]
             engines[name] = self._start(f"engine {name}", python("demo_engine.py", *arguments))
@@ -180,22 +210,22 @@ class Demo:
                 f"{ready['fingerprint_s']:.1f} s, blocks of {ready['block_tokens']} tokens, "
                 f"{ready['block_bytes'] / 1024:.0f} KiB"
             )
-        return engines
 
     def _start(self, name: str, command: list[str]) -> Process:
         process = Process(name, command, self._dir / f"{name.replace(' ', '-')}.log")
         self._processes.append(process)
         return process
 
-    def _ask(self, engine: Process, ask: Ask) -> Row:
+    def _ask(self, engine: Process, ask: Ask, act: int) -> Row:
         history = self._histories.get(ask.chat, [])
+        by_tier = self._request(ask, {"find": history, "timeout_s": FIND_S})["by_tier"] if act > 1 else {}
         opening = "\n" if history else _opening(ask.document, self._options.model)
         text = f"{opening}<|im_start|>user\n{ask.question}<|im_end|>\n<|im_start|>assistant\n"
         engine.send({"history": history, "text": text, "max_new_tokens": 8 if self._options.quick else 24})
         reply = engine.receive(ANSWER_S, self._progress.tick)
         self._histories[ask.chat] = reply["ids"]
         self._turns[ask.chat] = self._turns.get(ask.chat, 0) + 1
-        return _row(ask, self._turns[ask.chat], reply)
+        return _row(ask, act, self._turns[ask.chat], by_tier, reply)
 
     def _print(self, text: str) -> None:
         self._progress.clear()
@@ -212,9 +242,18 @@ def _opening(document: str, model: str) -> str:
     return f"<|im_start|>system\nYou answer questions about this text.\n\n{text}<|im_end|>\n"
 
 
-def _row(ask: Ask, turn: int, reply: dict[str, Any]) -> Row:
+def _nvme_bytes(folder: Path) -> int:
+    """What the demo's drive may take: less where the disk is nearly full. Raises SetupError."""
+    allowed = min(NVME_BYTES, shutil.disk_usage(folder).free // 2)
+    if allowed < NVME_BYTES_MIN:
+        raise demo_model.SetupError(f"{folder} needs {2 * NVME_BYTES_MIN >> 20} MiB of free disk for the nvme tier")
+    return allowed
+
+
+def _row(ask: Ask, act: int, turn: int, by_tier: dict[str, int], reply: dict[str, Any]) -> Row:
     report = reply["report"]
     return Row(
+        act=act,
         engine=ask.engine,
         chat=ask.chat,
         turn=turn,
@@ -226,80 +265,31 @@ def _row(ask: Ask, turn: int, reply: dict[str, Any]) -> Row:
         gb_per_s=report["gb_per_s"],
         stored_blocks=report["stored_blocks"],
         identical=reply["identical"],
+        by_tier=by_tier,
         failure=report["failure"] or report["bypassed"],
         question=ask.question,
         answer=" ".join(reply["answer"].split()),
     )
 
 
-_HEADER = (
-    "\n"
-    "                   prompt  restored    first token, s        speed  fetched  rate      tokens\n"
-    "engine chat        tokens  tokens      without  forebay      up     MB       GB/s      identical"
-)
-
-
-def _row_text(row: Row) -> str:
-    rate = f"{row.gb_per_s:.1f}" if row.restored_bytes else "-"
-    speed_up = f"{row.plain_ttft_s / row.ttft_s:.1f}x" if row.restored_bytes else "-"
-    numbers = (
-        f"{row.engine:<6} {row.chat + '/' + str(row.turn):<12}{row.prompt_tokens:>6}{row.restored_tokens:>10}"
-        f"{row.plain_ttft_s:>13.2f}{row.ttft_s:>9.2f}{speed_up:>12}"
-        f"{row.restored_bytes / 1e6:>7.0f}{rate:>10}      {'yes' if row.identical else 'NO'}"
-    )
-    lines = [numbers, f"         {row.question} -> {row.answer[:80]!r}"]
-    return "\n".join(lines + ([f"         not served: {row.failure}"] if row.failure else []))
-
-
-def summarize(rows: list[Row]) -> dict[str, Any]:
-    """The totals; `speed_up` is over all requests, `speed_up_of_hits` over those that restored something."""
-    hits = [row for row in rows if row.restored_tokens]
-    plain_s, forebay_s = sum(row.plain_ttft_s for row in rows), sum(row.ttft_s for row in rows)
-    hits_plain_s, hits_forebay_s = sum(row.plain_ttft_s for row in hits), sum(row.ttft_s for row in hits)
-    return {
-        "requests": len(rows),
-        "identical": sum(row.identical for row in rows),
-        "prompt_tokens": sum(row.prompt_tokens for row in rows),
-        "restored_tokens": sum(row.restored_tokens for row in rows),
-        "plain_ttft_s": plain_s,
-        "forebay_ttft_s": forebay_s,
-        "saved_s": plain_s - forebay_s,
-        "speed_up": plain_s / forebay_s if forebay_s else 0.0,
-        "hits": len(hits),
-        "speed_up_of_hits": hits_plain_s / hits_forebay_s if hits_forebay_s else 0.0,
-        "restored_bytes": sum(row.restored_bytes for row in rows),
-    }
-
-
-def _summary_text(total: dict[str, Any]) -> str:
-    share = 100 * total["restored_tokens"] / max(1, total["prompt_tokens"])
-    return (
-        f"\n{total['identical']} of {total['requests']} outputs identical to plain generate\n"
-        f"{total['restored_tokens']} of {total['prompt_tokens']} prompt tokens not recomputed ({share:.0f} %), "
-        f"{total['restored_bytes'] / 1e6:.0f} MB restored\n"
-        f"waiting for first tokens: {total['plain_ttft_s']:.1f} s without, {total['forebay_ttft_s']:.1f} s with "
-        f"forebay; {total['saved_s']:.1f} s saved, {total['speed_up']:.1f} times faster over all, "
-        f"{total['speed_up_of_hits']:.1f} times over the {total['hits']} requests with a stored prefix"
-    )
-
-
 def _finish(demo: Demo, options: argparse.Namespace, progress: Progress) -> int:
-    total = summarize(demo.rows)
+    totals = demo.totals()
     status = demo.status()
     progress.clear()
     if options.json:
         rows = [asdict(row) for row in demo.rows]
-        print(json.dumps({"requests": rows, "summary": total, "status": json.loads(status)}))
+        after_kill = totals[1] if len(totals) > 1 else None
+        answer = {"requests": rows, "summary": totals[0], "after_kill": after_kill, "status": json.loads(status)}
+        print(json.dumps(answer))
     else:
-        print(_summary_text(total))
+        print("\n".join(summary_text(total) for total in totals))
+        if len(totals) > 1:
+            print(f"{totals[1]['nvme_tokens']} tokens came from nvme, after the daemon was killed")
         print(f"\n$ forebay status\n{status.rstrip()}")
-    if total["identical"] < total["requests"]:
-        print("FAILED: an output differs", file=sys.stderr)
-        return EXIT_DIFFERS
-    if not total["restored_tokens"]:
-        print("FAILED: no token was restored", file=sys.stderr)
-        return EXIT_DIFFERS
-    return 0
+    failed = failures(totals)
+    for reason in failed:
+        print(f"FAILED: {reason}", file=sys.stderr)
+    return EXIT_DIFFERS if failed else 0
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:
@@ -307,8 +297,9 @@ def _interrupt(signum: int, frame: FrameType | None) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Two engine processes share one KV cache; see what it saves.")
-    parser.add_argument("--quick", action="store_true", help="one document, six requests, short answers")
+    text = "Two engine processes share one KV cache, and get it back after its daemon was killed."
+    parser = argparse.ArgumentParser(description=text)
+    parser.add_argument("--quick", action="store_true", help="one document, seven requests, short answers")
     parser.add_argument("--model", choices=demo_model.MODELS, default=demo_model.MODELS[0])
     parser.add_argument("--keep-going", action="store_true", help="go on after an output that differs")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout, the table on stderr")

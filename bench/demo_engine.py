@@ -8,6 +8,12 @@ process, so an engine never outlives the demonstration.
     reply    {"ids": [...], "answer": "...", "identical": bool, "plain_ttft_s": s, "plain_generate_s": s,
               "report": {...}}
     first    {"ready": {"load_s": s, "fingerprint_s": s, "model": "..."}}
+
+Two more requests serve the second act: one waits until the blocks of a chat are on the drive, one until they are found
+again after a restart of the daemon.
+
+    request  {"persist": [token ids], "timeout_s": s}    reply  {"durable": n, "wanted": n, "seconds": s}
+    request  {"find": [token ids], "timeout_s": s}       reply  {"by_tier": {"nvme": n}, "wanted": n, "seconds": s}
 """
 
 from __future__ import annotations
@@ -15,6 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import threading
 import time
 from dataclasses import asdict
 from typing import Any
@@ -25,6 +32,7 @@ demo_model.go_offline()
 
 THREADS = 2
 WARM_UP_TOKENS = 256
+FIND_PAUSE_S = 0.02
 
 
 class Engine:
@@ -68,6 +76,30 @@ class Engine:
             "plain_generate_s": plain_generate_s,
             "report": {**asdict(report), "gb_per_s": report.gb_per_s},
         }
+
+    def persist(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Have the whole blocks of a chat written to the drive, and wait until they are."""
+        begun = time.perf_counter()
+        namespace, hashes = self._blocks(request["persist"])
+        result = self._client.persist(namespace, hashes, timeout_ms=1000 * request["timeout_s"])
+        return {"durable": result.durable, "wanted": len(hashes), "seconds": time.perf_counter() - begun}
+
+    def find(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Look for the whole blocks of a chat until all are there or time is up: a new daemon finds them one by one."""
+        begun = time.perf_counter()
+        namespace, hashes = self._blocks(request["find"])
+        pause = threading.Event()
+        while True:
+            found = self._client.lookup(namespace, hashes)
+            seconds = time.perf_counter() - begun
+            if found.blocks == len(hashes) or seconds > request["timeout_s"]:
+                return {"by_tier": found.by_tier, "wanted": len(hashes), "seconds": seconds}
+            pause.wait(FIND_PAUSE_S)
+
+    def _blocks(self, ids: list[int]) -> tuple[Any, list[bytes]]:
+        """The namespace, and the hashes of what was stored of a chat: the last token generated has no KV."""
+        namespace = self._client.open_namespace(self._cache.spec)
+        return namespace, namespace.hasher.hashes(ids[:-1])
 
     def close(self) -> None:
         self._client.close()
@@ -114,7 +146,9 @@ def main() -> int:
     engine = Engine(options.model, options.runtime_dir, options.name)
     print(json.dumps({"ready": engine.ready}), flush=True)
     for line in sys.stdin:
-        print(json.dumps(engine.answer(json.loads(line))), flush=True)
+        request = json.loads(line)
+        serve = engine.persist if "persist" in request else engine.find if "find" in request else engine.answer
+        print(json.dumps(serve(request)), flush=True)
     engine.close()
     return 0
 

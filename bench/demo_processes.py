@@ -70,6 +70,11 @@ class Process:
         tail = self.log.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]
         return ProcessError("\n".join([f"{self.name} {what} ({state}); the end of its log:", *tail]))
 
+    def kill(self) -> None:
+        """SIGKILL, and nothing before it; returns when it is dead."""
+        self._child.kill()
+        self._child.wait(timeout=STOP_S)
+
     def stop(self) -> None:
         """End of input and SIGTERM, then SIGKILL; returns within twice STOP_S."""
         with contextlib.suppress(OSError):

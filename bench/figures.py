@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+KIB = 1 << 10
 MIB = 1 << 20
 GIB = 1 << 30
 
@@ -59,6 +60,13 @@ TARGETS: Mapping[str, Target] = {
     "rss_bytes_per_block": at_most(400),
     "fill_ratio": at_least(0.97),
     "unanswered_stores": at_most(0),
+    "nvme_fetch_2mib_ratio": at_least(0.9),
+    "nvme_write_2mib_ratio": at_least(0.9),
+    "nvme_fetch_64kib_ratio": at_least(0.8),
+    "host_p99_under_nvme_ratio": at_most(1.5),
+    "start_ms_1m_blocks": at_most(500),
+    "visible_s_1m_blocks": at_most(5),
+    "index_bytes_per_block": at_most(250),
 }
 """Figures that pass or fail a run; all others are reported only."""
 

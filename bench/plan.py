@@ -20,6 +20,8 @@ class Plan:
 
     Attributes:
         directory: the run's own; removed afterwards.
+        drive: the run's own too, on the drive to be measured, where one is.
+        told: where to leave what was measured of that drive, if anywhere.
         wanted: names of the figures to measure; a section leaves out what no wanted figure needs.
         progress: tells a person what is being done.
     """
@@ -29,10 +31,18 @@ class Plan:
     cores: Cores
     wanted: frozenset[str]
     progress: Callable[[str], None]
+    drive: Path | None = None
+    told: Path | None = None
 
     def wants(self, *names: str) -> bool:
         """Whether any of them is wanted."""
         return not self.wanted.isdisjoint(names)
+
+    @property
+    def on_drive(self) -> Path:
+        """`drive`, for a section that needs one."""
+        assert self.drive is not None, "no drive was chosen"
+        return self.drive
 
     def pick(self, quick: T, full: T) -> T:
         """The value for this kind of run."""

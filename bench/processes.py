@@ -238,7 +238,8 @@ def python(module: str) -> list[str]:
 
 
 def _untouched(status: Mapping[str, Any]) -> int:
-    return sum(int(tier["capacity_bytes"]) - int(tier["populated_bytes"]) for tier in status["tiers"])
+    host = status["tiers"][0]
+    return int(host["capacity_bytes"]) - int(host["populated_bytes"])
 
 
 def _die_with_parent() -> list[str]:

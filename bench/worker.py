@@ -2,7 +2,8 @@
 
 `python -P -m forebay.bench.worker RUNTIME_DIR`. Orders: `attach`, `churn` (store and fetch until the next line),
 `run` (one thing over and over, from one given time to another), `present` (store blocks that are there already, out
-of memory that cannot be read). It ends with its standard input.
+of memory that cannot be read), `cold` (make blocks that are on the drive only), `load` (fetch those) and `pour` (store
+new ones, both until the next line). It ends with its standard input.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import numpy as np
 
 from forebay.bench.bounds import Memcpy, pages_of
 from forebay.bench.engine_memory import BY_NAME, Pool, chain, contiguous
+from forebay.bench.nvme import ColdChains
 from forebay.client import Client, SegmentTable
 from forebay.kvstore.errors import ForebayError
 
@@ -45,11 +47,27 @@ class Worker:
 
     def churn(self) -> dict[str, Any]:
         """Store new blocks and fetch them, without a pause, until there is another line to read."""
+        return {"bytes": self._until_told(lambda: self.store() + self._fetch(self._last))}
+
+    def cold(self, layout: str, chain_bytes: int, chains: int) -> dict[str, Any]:
+        """Make the blocks that `load` fetches."""
+        self._cold = ColdChains(self._client, BY_NAME[layout], chain_bytes, chains, str(os.getpid()))
+        self._cold.write()
+        return {}
+
+    def load(self) -> dict[str, Any]:
+        """Fetch them, one chain after the other, without a pause, until there is another line to read."""
+        return {"bytes": self._until_told(self._cold.use_next)}
+
+    def pour(self) -> dict[str, Any]:
+        """Store new blocks without a pause, until there is another line to read."""
+        return {"bytes": self._until_told(self.store)}
+
+    def _until_told(self, once: Callable[[], int]) -> int:
         moved = 0
         while not select.select([sys.stdin], [], [], 0)[0]:
-            moved += self.store()
-            moved += self._fetch(self._last)
-        return {"bytes": moved}
+            moved += once()
+        return moved
 
     def run(self, what: str, begin_s: float, end_s: float) -> dict[str, Any]:
         """Do one thing from `begin_s` to `end_s` of the machine's monotonic clock."""
@@ -117,6 +135,9 @@ def main(runtime_dir: str) -> None:
         "churn": worker.churn,
         "run": worker.run,
         "present": worker.present,
+        "cold": worker.cold,
+        "load": worker.load,
+        "pour": worker.pour,
         "fill": worker.fill,
         "share": worker.share,
     }

@@ -1,0 +1,236 @@
+"""The nvme tier's rates, each beside fio on the same file system, by turns: what a client gets, what becomes durable.
+
+A fetch is of blocks that are on the drive alone, from the request to the last byte in the engine's memory. What counts
+as written is what the daemon reports as durable (flushed, and indexed) while a client stores new blocks without a
+pause. Every slot has been written before, as in a daemon that has run for a day.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from itertools import count, cycle
+from pathlib import Path
+from typing import Any, Self
+
+from forebay.bench.bandwidth import Bandwidth, write_bandwidth
+from forebay.bench.bounds import pages_of
+from forebay.bench.engine_memory import PLAIN, Layout, Pool, chain
+from forebay.bench.figures import GIB, MIB, Figure
+from forebay.bench.fio import Direction, Fio, Rate
+from forebay.bench.footprint import cpu_s
+from forebay.bench.plan import Plan, pinned
+from forebay.bench.processes import BenchError, Daemon, wait_until
+from forebay.bench.timing import Pair, Series, by_turns, take_latency
+from forebay.client import Client
+
+DEPTH = 8
+"""The default of nvme.queue_depth, and fio's."""
+SLAB_BYTES = 64 * MIB
+CHAINS = 8
+SETTLE_S = 0.3
+FILL_S = 60.0
+_NOTHING = Series(())
+
+LARGE, SMALL = PLAIN[0], PLAIN[2]
+CPU_NAMES = ("nvme_cpu_s_per_gb_read", "nvme_cpu_s_per_gb_written")
+LARGE_NAMES = ("nvme_fetch_2mib_ratio", CPU_NAMES[0], "nvme_write_2mib_ratio", CPU_NAMES[1])
+SMALL_NAMES = ("nvme_fetch_64kib_ratio",)
+
+
+def nvme_settings(directory: Path, nvme_bytes: int) -> Mapping[str, object]:
+    """The tier in a directory of its own; all else but the sizes by default."""
+    return {"nvme.paths": directory, "nvme.bytes": nvme_bytes, "nvme.slab_bytes": SLAB_BYTES}
+
+
+def large(plan: Plan) -> Iterator[Figure]:
+    """Both directions in blocks of 2 MiB; what was reached is written down for the daemon."""
+    with _Rig(plan, LARGE) as rig:
+        plan.progress("fetches of 2 MiB blocks from the drive")
+        read = rig.fetches(plan.pick(4, 8))
+        yield rig.ratio(LARGE_NAMES[0], read)
+        yield rig.cpu(CPU_NAMES[0])
+        if not plan.wants(*LARGE_NAMES[2:]):
+            return
+        plan.progress("2 MiB blocks written while others are stored")
+        write = rig.writes(plan.pick(4, 8), plan.pick(1.0, 2.0))
+        yield rig.ratio(LARGE_NAMES[2], write)
+        yield rig.cpu(CPU_NAMES[1])
+        if plan.told is not None:
+            reached = [1e9 / pair.measured.best_s for pair in (read, write)]
+            bandwidth = Bandwidth.of(reached[0], reached[1], block_bytes=LARGE.block_bytes, queue_depth=DEPTH)
+            write_bandwidth(plan.told, bandwidth)
+
+
+def small(plan: Plan) -> Iterator[Figure]:
+    """Fetches of 64 KiB blocks."""
+    with _Rig(plan, SMALL) as rig:
+        plan.progress("fetches of 64 KiB blocks from the drive")
+        yield rig.ratio(SMALL_NAMES[0], rig.fetches(plan.pick(4, 8)))
+
+
+class ColdChains:
+    """Chains that are durable, more than host memory holds: fetched in turn, each is on the drive alone again."""
+
+    def __init__(self, client: Client, layout: Layout, chain_bytes: int, chains: int = CHAINS, label: str = "") -> None:
+        self._client = client
+        self.pool = Pool(layout, chain_bytes)
+        self.namespace = client.open_namespace(layout.spec)
+        self._chains = [chain(f"cold {label} {number}", self.pool.blocks) for number in range(chains)]
+        self._turns = cycle(self._chains)
+
+    def write(self) -> None:
+        """Store all and wait until they are durable; then read them back and compare. Raises BenchError."""
+        for number, hashes in enumerate(self._chains):
+            self.pool.mark(number)
+            stored = self._client.store(self.namespace, hashes, self.pool.table, self.pool.block_ids)
+            if stored.committed != len(hashes):
+                raise BenchError(f"{stored.committed} of {len(hashes)} new blocks were stored: {stored.reason}")
+            kept = self._client.persist(self.namespace, hashes, timeout_ms=FILL_S * 1000)
+            if kept.durable != len(hashes):
+                raise BenchError(f"{kept.durable} of {len(hashes)} blocks became durable")
+        for number in range(len(self._chains)):
+            self.pool.wipe()
+            self.fetch_next()
+            if not self.pool.marked(number):
+                raise BenchError("the bytes fetched are not the bytes stored")
+
+    def fetch_next(self) -> float:
+        """Fetch the next chain; returns the seconds it took."""
+        hashes = next(self._turns)
+        found = self._client.lookup(self.namespace, hashes).by_tier
+        if found.get("nvme") != len(hashes):
+            raise BenchError(f"blocks to be read from the drive lie elsewhere: {found}")
+        begun = time.perf_counter()
+        result = self._client.fetch(self.namespace, hashes, self.pool.table, self.pool.block_ids)
+        took = time.perf_counter() - begun
+        if result.blocks != len(hashes):
+            raise BenchError(f"{result.blocks} of {len(hashes)} blocks were fetched: {result.reason}")
+        return took
+
+    def use_next(self) -> int:
+        """Fetch the next chain; what is missing of it is stored again, for the drive. Returns the bytes fetched."""
+        hashes = next(self._turns)
+        found = self._client.fetch(self.namespace, hashes, self.pool.table, self.pool.block_ids)
+        if found.blocks < len(hashes):
+            self._client.store(self.namespace, hashes, self.pool.table, self.pool.block_ids)
+            self._client.persist(self.namespace, hashes)
+        return found.bytes
+
+
+class _Rig:
+    """A daemon with an nvme tier, its client, and fio beside it."""
+
+    def __init__(self, plan: Plan, layout: Layout) -> None:
+        self._plan = plan
+        self._layout = layout
+        self._used = ExitStack()
+        self._daemon_cpu_s = self._moved_gb = 0.0
+        self._bounds: list[Rate] = []
+        self._fresh = count()
+
+    def __enter__(self) -> Self:
+        plan, name = self._plan, f"nvme-{self._layout.name}"
+        self._nvme_bytes = plan.pick(2, 4) * GIB
+        try:
+            self._used.enter_context(pinned(plan.cores.client))
+            self._used.callback(shutil.rmtree, plan.on_drive / name, ignore_errors=True)
+            settings = nvme_settings(plan.on_drive / name, self._nvme_bytes)
+            self._daemon = self._used.enter_context(
+                Daemon(plan.directory / name, plan.pick(512 * MIB, GIB), cores=plan.cores.free, settings=settings)
+            )
+            self._daemon.populated()
+            self._client = self._used.enter_context(self._daemon.client())
+            self._fio, self._no_fio = self._start_fio(pages_of(self._client.status()))
+            self._cold = ColdChains(self._client, self._layout, plan.pick(128 * MIB, 256 * MIB))
+            self._cold.write()
+        except BaseException:
+            self._used.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._used.close()
+
+    def fetches(self, repetitions: int) -> Pair:
+        """Seconds a GB, of fio and of fetches of every chain."""
+        return self._by_turns("read", self._fetch_all, repetitions)
+
+    def writes(self, repetitions: int, seconds: float) -> Pair:
+        """The same for what becomes durable during a storm of stores."""
+        wait_until(self._has_filled, FILL_S, "writing every slot once")
+        return self._by_turns("write", lambda: self._storm(seconds), repetitions)
+
+    def ratio(self, name: str, pair: Pair) -> Figure:
+        measured = 1 / pair.measured.best_s
+        if self._fio is None:
+            note = f"not measured: {self._no_fio}; forebay reached {measured:.2f} GB/s"
+            return Figure(name, None, "x fio", note=note)
+        bound = 1 / pair.bound.best_s
+        samples = {"measured_gb_per_s": pair.measured.scaled(_rate), "bound_gb_per_s": pair.bound.scaled(_rate)}
+        note = f"{measured:.2f} GB/s, fio {bound:.2f} GB/s ({self._fio.describe()})"
+        return Figure(name, pair.rate_ratio, "x fio", bound, pair.rate_ratio, samples, note)
+
+    def cpu(self, name: str) -> Figure:
+        """The daemon's CPU time in what `fetches` or `writes` has just measured, preparation left out."""
+        value = self._daemon_cpu_s / self._moved_gb
+        bound = min((rate.cpu_s_per_gb for rate in self._bounds), default=None)
+        note = "CPU seconds of the daemon, all threads; bound: fio"
+        return Figure(name, value, "s/GB", bound, value / bound if bound else None, note=note)
+
+    def _start_fio(self, pages: str) -> tuple[Fio | None, str]:
+        self._plan.progress("fio")
+        try:
+            return Fio(self._plan.on_drive, self._nvme_bytes, pages), ""
+        except BenchError as error:
+            return None, str(error)
+
+    def _by_turns(self, direction: Direction, measured: Any, repetitions: int) -> Pair:
+        self._daemon_cpu_s = self._moved_gb = 0.0
+        self._bounds = []
+        if self._fio is None:
+            return Pair(_NOTHING, Series(tuple(take_latency(measured) for _ in range(repetitions))))
+        return by_turns(lambda: self._bound(direction), measured, repetitions, take=take_latency)
+
+    def _bound(self, direction: Direction) -> float:
+        assert self._fio is not None
+        rate = self._fio.random(direction, self._layout.block_bytes, DEPTH, self._plan.pick(1.0, 1.5))
+        self._bounds.append(rate)
+        return 1e9 / rate.bytes_per_s
+
+    def _fetch_all(self) -> float:
+        used = cpu_s(self._daemon.pid)
+        seconds = sum(self._cold.fetch_next() for _ in range(CHAINS))
+        return self._note(used, CHAINS * self._cold.pool.total_bytes, seconds)
+
+    def _storm(self, seconds: float) -> float:
+        self._store_for(SETTLE_S)
+        used, before, begun = cpu_s(self._daemon.pid), self._durable_bytes(), time.perf_counter()
+        self._store_for(seconds)
+        return self._note(used, self._durable_bytes() - before, time.perf_counter() - begun)
+
+    def _note(self, used_s: float, moved_bytes: int, seconds: float) -> float:
+        if not moved_bytes:
+            raise BenchError("nothing was moved")
+        self._daemon_cpu_s += cpu_s(self._daemon.pid) - used_s
+        self._moved_gb += moved_bytes / 1e9
+        return seconds / moved_bytes * 1e9
+
+    def _store_for(self, seconds: float) -> None:
+        pool, until = self._cold.pool, time.perf_counter() + seconds
+        while time.perf_counter() < until:
+            hashes = chain(f"storm {next(self._fresh)}", pool.blocks)
+            self._client.store(self._cold.namespace, hashes, pool.table, pool.block_ids)
+
+    def _has_filled(self) -> bool:
+        self._store_for(SETTLE_S)
+        return self._durable_bytes() > self._nvme_bytes
+
+    def _durable_bytes(self) -> int:
+        return int(self._client.status()["store"]["counters"]["demoted_bytes"])
+
+
+def _rate(seconds_per_gb: float) -> float:
+    return 1 / seconds_per_gb
