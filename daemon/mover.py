@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+from typing import Any
 
 from forebay.daemon.live_slabs import LiveSlabs
 from forebay.daemon.logging import fields
@@ -86,40 +87,24 @@ class Mover:
             self._store.transfer_done(transfer.transfer_id, [Verdict.CANCELLED] * count, [0] * count, now)
             return
         places = [shard.spaces[NVME].place(slot) for slot in transfer.nvme_slots]
-        slabs, slots = [slab for slab, _ in places], [slot for _, slot in places]
-        hashes = [index.hashes[row] or b"" for row in transfer.rows]
-        space, namespace = shard.spaces[NVME], _owner(shard).namespace_id()
+        space = shard.spaces[NVME]
+        common: dict[str, Any] = {
+            "job_id": transfer.transfer_id,
+            "slot_bytes": space.slot_bytes,
+            "payload_bytes": space.block_bytes,
+            "namespace_id": _owner(shard).namespace_id(),
+            "slabs": [slab for slab, _ in places],
+            "slots": [slot for _, slot in places],
+            "hashes": [index.hashes[row] or b"" for row in transfer.rows],
+            "generations": transfer.generations,
+            "views": views,
+        }
         if transfer.direction == Direction.LOAD:
-            self._tier.load(
-                LoadJob(
-                    job_id=transfer.transfer_id,
-                    slot_bytes=space.slot_bytes,
-                    payload_bytes=space.block_bytes,
-                    namespace_id=namespace,
-                    slabs=slabs,
-                    slots=slots,
-                    hashes=hashes,
-                    generations=transfer.generations,
-                    views=views,
-                )
-            )
+            self._tier.load(LoadJob(**common))
             return
         above = [index.parents[row] for row in transfer.rows]
-        self._tier.write(
-            WriteJob(
-                job_id=transfer.transfer_id,
-                slot_bytes=space.slot_bytes,
-                payload_bytes=space.block_bytes,
-                namespace_id=namespace,
-                slabs=slabs,
-                slots=slots,
-                hashes=hashes,
-                generations=transfer.generations,
-                views=views,
-                parents=[(index.hashes[row] or b"") if row >= 0 else b"" for row in above],
-                depths=[index.depths[row] for row in transfer.rows],
-            )
-        )
+        parents = [(index.hashes[row] or b"") if row >= 0 else b"" for row in above]
+        self._tier.write(WriteJob(**common, parents=parents, depths=[index.depths[row] for row in transfer.rows]))
 
     def _views(self, transfer: Transfer) -> list[memoryview] | None:
         shard = transfer.shard

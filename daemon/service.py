@@ -6,7 +6,6 @@ Memory is populated in the background, so the first answer does not wait for it.
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import logging
 import os
@@ -50,7 +49,6 @@ _GC_THRESHOLDS = (100_000, 20, 100)
 _DESCRIPTORS_KEPT = 160
 """For HTTP connections (64), epoll sets, pipes, the lock, and what is opened for a moment."""
 _CLOSE_S = 5.0
-_M_MMAP_THRESHOLD = -3  # malloc.h
 
 
 class Service:
@@ -220,7 +218,6 @@ class Service:
         return self._http
 
     def _settle(self) -> None:
-        _keep_columns_apart()
         sys.setswitchinterval(_SWITCH_INTERVAL_S)
         gc.collect()
         gc.freeze()
@@ -253,16 +250,6 @@ def run(config: Config, *, notify_socket: str | None, watchdog_usec: int | None,
     """Serve in this process until told to stop; see `Service`."""
     with closing(Notifier(notify_socket, watchdog_usec)) as notifier:
         Service(config, notifier, reload).run()
-
-
-def _keep_columns_apart() -> None:
-    """Let every long array have pages of its own: grown side by side on the heap they leave holes of their old sizes.
-
-    With glibc, whose threshold for that otherwise rises with use: 35 bytes a block at a million blocks.
-    """
-    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
-    if set_option is not None:
-        set_option(_M_MMAP_THRESHOLD, 1 << 20)
 
 
 def _uids(config: Config) -> tuple[int, ...]:

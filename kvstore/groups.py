@@ -401,9 +401,6 @@ class Group:
     def removable(self, row: int) -> bool:
         return self.index.is_resident(row) and not (self.index.holds[row] or self.index.pinned[row])
 
-    def resident_rows(self) -> Iterator[int]:
-        return (row for row in self.index.rows() if self.index.is_resident(row))
-
     @property
     def complete_bytes(self) -> int:
         """Bytes of one block over all its shards."""

@@ -62,11 +62,9 @@ def namespace_id(uid: int, group_fingerprint: bytes, rank: int) -> bytes:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LoadJob:
-    """Blocks of one namespace shard to read into host slots; a few MiB, so that a cancellation is soon heeded.
-
-    `views` are the host slots: writable, `slot_bytes` long, beginning on a page. They are the tier's from `load` until
-    the job's `JobDone`, whatever their status, and hold anything at all after a status other than OK.
+class _Job:
+    """Blocks of one namespace shard, and the host slots they lie in or go to; a few MiB, so that a cancellation is soon
+    heeded.
     """
 
     job_id: int
@@ -81,21 +79,21 @@ class LoadJob:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class WriteJob:
-    """Blocks of one namespace shard to write from host slots; `parents` are empty for roots.
+class LoadJob(_Job):
+    """Blocks to read into host slots.
+
+    `views` are the host slots: writable, `slot_bytes` long, beginning on a page. They are the tier's from `load` until
+    the job's `JobDone`, whatever their status, and hold anything at all after a status other than OK.
+    """
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WriteJob(_Job):
+    """Blocks to write from host slots; `parents` are empty for roots.
 
     `views` are read until `JobDone`. Bytes that change meanwhile are not an error here: the checksum then fails later.
     """
 
-    job_id: int
-    slot_bytes: int
-    payload_bytes: int
-    namespace_id: bytes
-    slabs: Sequence[int]
-    slots: Sequence[int]
-    hashes: Sequence[bytes]
-    generations: Sequence[int]
-    views: Sequence[memoryview]
     parents: Sequence[bytes]
     depths: Sequence[int]
 
