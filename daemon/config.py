@@ -154,6 +154,13 @@ class NvmeConfig:
         "each read wait longer behind the others.",
         low=1, high=256,
     )  # fmt: skip
+    io_nice: int = setting(
+        "integer", 19, "nice steps",
+        "How far each drive's I/O process stands back for others (nice(1), SCHED_BATCH) where cores are scarce, so "
+        "that answers from memory do not wait for drives; it changes nothing where a core is free. Where none ever is, "
+        "less makes drives faster and answers slower. 0: not at all.",
+        low=0, high=19,
+    )  # fmt: skip
     window_bytes: int = setting(
         "size", "256MiB", "bytes",
         "Most bytes on their way to the drives at one time, durable ones not counted; those blocks cannot leave memory "

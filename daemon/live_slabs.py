@@ -21,14 +21,19 @@ log = logging.getLogger(__name__)
 class _Live:
     physical: int
     table: GenerationTable
+    memory: int
 
 
 @dataclass(frozen=True, slots=True)
 class CarriedOut:
-    """What became of a batch of effects: slabs taken back, and slabs whose memory could not be had, with the reason."""
+    """What became of a batch of effects: slabs taken back, and slabs whose memory could not be had, with the reason.
+
+    `freed` names the memory of the former.
+    """
 
     retired: list[SlabRetired]
     failed: list[tuple[SlabOpened, OSError]]
+    freed: list[int]
 
 
 class LiveSlabs:
@@ -37,15 +42,17 @@ class LiveSlabs:
     def __init__(self, tier: HostTier) -> None:
         self._tier = tier
         self._live: dict[tuple[int, int], _Live] = {}
+        self._physical: dict[int, int] = {}
+        """By number of the memory."""
         self._slots_per_slab: dict[int, int] = {}
         self._slabs_of: dict[int, int] = {}
 
     def carry_out(self, effects: Effects) -> CarriedOut:
         """Do what the store decided, slabs before generations; to be called before the answer is sent."""
-        done = CarriedOut([], [])
+        done = CarriedOut([], [], [])
         for event in effects.slabs:
             if isinstance(event, SlabRetired):
-                self._retire(event)
+                done.freed.extend(self._retire(event))
                 done.retired.append(event)
                 continue
             try:
@@ -61,10 +68,14 @@ class LiveSlabs:
         live = self._live[ns, slab]
         return self._tier.slab_fd(live.physical), live.table.fd
 
-    def view(self, ns: int, slab: int) -> memoryview | None:
-        """A live slab's bytes in this process, mapped on first use; None where its memory could not be had."""
+    def memory(self, ns: int, slab: int) -> int | None:
+        """The number of a live slab's memory; None where it could not be had."""
         live = self._live.get((ns, slab))
-        return None if live is None else self._tier.view(live.physical)
+        return None if live is None else live.memory
+
+    def memory_handle(self, number: int) -> tuple[int, int]:
+        """Descriptor, which stays ours, and size in bytes of the memory of a live slab."""
+        return self._tier.slab_fd(self._physical[number]), self._tier.slab_bytes
 
     def close(self) -> None:
         """Let go of every table; readers that are still copying fail."""
@@ -81,15 +92,18 @@ class LiveSlabs:
             self._tier.close_slab(event.physical)
             raise
         table.bump_all()  # generations start at 1, so that 0 is never a right answer
-        self._live[event.ns, event.slab] = _Live(event.physical, table)
+        memory = self._tier.memory_number(event.physical)
+        self._physical[memory] = event.physical
+        self._live[event.ns, event.slab] = _Live(event.physical, table, memory)
         self._slots_per_slab[event.ns] = event.slots
         self._slabs_of[event.ns] = self._slabs_of.get(event.ns, 0) + 1
         log.debug("slab assigned", extra=fields(ns=event.ns, slab=event.slab, physical=event.physical))
 
-    def _retire(self, event: SlabRetired) -> None:
+    def _retire(self, event: SlabRetired) -> list[int]:
         live = self._live.pop((event.ns, event.slab), None)
         if live is None:
-            return  # its memory could not be had, so it was never opened
+            return []  # its memory could not be had, so it was never opened
+        del self._physical[live.memory]
         live.table.bump_all()
         live.table.close()
         self._slabs_of[event.ns] -= 1
@@ -100,6 +114,7 @@ class LiveSlabs:
         except OSError as error:  # its memory stays taken; what else was decided must be carried out all the same
             log.error("a slab's memory was not given back", extra=fields(physical=event.physical, error=error))
         log.debug("slab retired", extra=fields(ns=event.ns, slab=event.slab, physical=event.physical))
+        return [live.memory]
 
     def _publish(self, ns: int, slot_id: int, generation: int) -> None:
         slots = self._slots_per_slab.get(ns)

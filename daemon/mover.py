@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import ctypes
 import logging
+from collections import deque
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from forebay.daemon.live_slabs import LiveSlabs
@@ -29,6 +31,10 @@ from forebay.tiers.nvme_jobs import (
 
 log = logging.getLogger(__name__)
 
+_OWNERS_MAX = 1024
+BEGIN_MAX = 4
+"""Transfers begun in one turn of the owner; about 20 us each."""
+
 VERDICTS = {
     IoStatus.OK: Verdict.OK,
     IoStatus.CANCELLED: Verdict.CANCELLED,
@@ -49,20 +55,41 @@ class Mover:
         self._store = store
         self._tier = tier
         self._memory = memory
+        self._to_begin: deque[Transfer] = deque()
+        self._owners: dict[int, tuple[SlabOwner, bytes]] = {}
 
-    def carry_out(self, effects: Effects, now: float) -> None:
-        """To be called after the memory of new slabs was had; never waits."""
+    @property
+    def has_more(self) -> bool:
+        """Transfers are left that `go_on` has to begin."""
+        return bool(self._to_begin)
+
+    def carry_out(self, effects: Effects, freed: Sequence[int], now: float) -> None:
+        """To be called after the memory of new slabs was had, with the numbers of what was freed; never waits."""
+        if freed:
+            self._tier.drop_memory(freed)
         if effects.forgotten:
             self._tier.forget(effects.forgotten)
         for change in effects.drive_slabs:
             if isinstance(change, DriveSlabAssigned):
-                self._tier.assign_slab(change.physical, _owner(change.shard), change.generation)
+                self._tier.assign_slab(change.physical, self._owner(change.shard)[0], change.generation)
             else:
                 self._tier.retire_slab(change.physical)
-        for transfer in effects.transfers:
-            self._begin(transfer, now)
-        for transfer_id in effects.cancelled:
+        self._to_begin += effects.transfers
+        if effects.cancelled:
+            self._cancel(effects.cancelled, now)
+
+    def go_on(self, now: float) -> None:
+        """Begin a few of the transfers that were decided on: a long prefetch keeps nobody waiting for his answer."""
+        for _ in range(min(BEGIN_MAX, len(self._to_begin))):
+            self._begin(self._to_begin.popleft(), now)
+
+    def _cancel(self, transfer_ids: Collection[int], now: float) -> None:
+        for transfer_id in transfer_ids:
             self._tier.cancel(transfer_id)
+        unbegun = [transfer for transfer in self._to_begin if transfer.transfer_id in transfer_ids]
+        for transfer in unbegun:
+            self._to_begin.remove(transfer)
+            self._give_back(transfer, now)
 
     def collect(self, now: float) -> None:
         """Tell the store all that has ended or was found since the last call."""
@@ -81,10 +108,9 @@ class Mover:
 
     def _begin(self, transfer: Transfer, now: float) -> None:
         shard, index = transfer.shard, transfer.shard.group.index
-        views = self._views(transfer)
-        if views is None:  # its slab's memory could not be had
-            count = len(transfer.rows)
-            self._store.transfer_done(transfer.transfer_id, [Verdict.CANCELLED] * count, [0] * count, now)
+        memory = self._memory_of(transfer)
+        if memory is None:  # its slab's memory could not be had
+            self._give_back(transfer, now)
             return
         places = [shard.spaces[NVME].place(slot) for slot in transfer.nvme_slots]
         space = shard.spaces[NVME]
@@ -92,12 +118,12 @@ class Mover:
             "job_id": transfer.transfer_id,
             "slot_bytes": space.slot_bytes,
             "payload_bytes": space.block_bytes,
-            "namespace_id": _owner(shard).namespace_id(),
+            "namespace_id": self._owner(shard)[1],
             "slabs": [slab for slab, _ in places],
             "slots": [slot for _, slot in places],
             "hashes": [index.hashes[row] or b"" for row in transfer.rows],
             "generations": transfer.generations,
-            "views": views,
+            "memory": memory,
         }
         if transfer.direction == Direction.LOAD:
             self._tier.load(LoadJob(**common))
@@ -106,17 +132,32 @@ class Mover:
         parents = [(index.hashes[row] or b"") if row >= 0 else b"" for row in above]
         self._tier.write(WriteJob(**common, parents=parents, depths=[index.depths[row] for row in transfer.rows]))
 
-    def _views(self, transfer: Transfer) -> list[memoryview] | None:
+    def _give_back(self, transfer: Transfer, now: float) -> None:
+        count = len(transfer.rows)
+        self._store.transfer_done(transfer.transfer_id, [Verdict.CANCELLED] * count, [0] * count, now)
+
+    def _owner(self, shard: Shard) -> tuple[SlabOwner, bytes]:
+        """What the disk needs to know of a shard, and its namespace's id, a hash worth keeping."""
+        known = self._owners.get(shard.ns)
+        if known is None:
+            if len(self._owners) >= _OWNERS_MAX:
+                self._owners.clear()
+            owner = _owner(shard)
+            known = self._owners[shard.ns] = owner, owner.namespace_id()
+        return known
+
+    def _memory_of(self, transfer: Transfer) -> list[tuple[int, int]] | None:
+        """Number of the memory and byte offset of each host slot."""
         shard = transfer.shard
         size, per_slab = shard.slots.slot_bytes, shard.slots.slots_per_slab
-        views = []
+        memory = []
         for host_slot in transfer.host_slots:
             serial, slot = divmod(host_slot, per_slab)
-            view = self._memory.view(shard.ns, serial)
-            if view is None:
+            number = self._memory.memory(shard.ns, serial)
+            if number is None:
                 return None
-            views.append(view[slot * size : (slot + 1) * size])
-        return views
+            memory.append((number, slot * size))
+        return memory
 
     def _restored(self, event: RestoreDone) -> None:
         self._store.restore_done()

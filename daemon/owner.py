@@ -98,7 +98,7 @@ class Owner:
     def run(self) -> None:
         """Serve until `stop` was called and what was under way has ended, or its time has."""
         while not self._stopped():
-            message = self._server.wait(0 if self._unserved else self._wait_ms())
+            message = self._server.wait(0 if self._unserved or self._has_more() else self._wait_ms())
             self.last_turn_s = started = self._clock()
             if message is not None:
                 answer, verb, error = self._answer(message[1], started)
@@ -110,6 +110,7 @@ class Owner:
             if self._mover is not None:
                 self._store.plan_writes(started)
                 self.carry_out()
+                self._mover.go_on(started)
             took_s = self._clock() - started
             self._turns += 1
             self._busy_s += took_s
@@ -156,7 +157,7 @@ class Owner:
         while effects := self._store.drain_effects():
             done = self._memory.carry_out(effects)
             if self._mover is not None:
-                self._mover.carry_out(effects, self.last_turn_s)
+                self._mover.carry_out(effects, done.freed, self.last_turn_s)
             for opened, error in done.failed:
                 failure = error.strerror or str(error)
                 log.error("no memory for a slab", extra=fields(ns=opened.ns, slab=opened.slab, error=error))
@@ -164,6 +165,9 @@ class Owner:
             self._sessions.tell_retired(done.retired)
             self._sessions.tell_progress(effects.progress)
         return failure
+
+    def _has_more(self) -> bool:
+        return self._mover is not None and self._mover.has_more
 
     def _stopped(self) -> bool:
         """Drained, and the last replies had time to be read (a closing socket takes them along), or out of time.
@@ -185,6 +189,7 @@ class Owner:
             self._flush_until = now + self._flush_s
         busy = now < self._flush_until and self._store.flush(now)
         self.carry_out()
+        self._mover.go_on(now)
         return not busy
 
     def _wait_ms(self) -> int:

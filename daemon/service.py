@@ -75,9 +75,9 @@ class Service:
             boot_id = secrets.token_bytes(BOOT_ID_BYTES)
             mailbox: Mailbox[DaemonSnapshot] = parts.enter_context(closing(Mailbox()))
             tier = self._start_tier(parts)
-            nvme = self._start_nvme(parts, mailbox.wake)
-            store = Store(_store_config(config, nvme), _new_id)
             memory = parts.enter_context(closing(LiveSlabs(tier)))
+            nvme = self._start_nvme(parts, memory, mailbox.wake)
+            store = Store(_store_config(config, nvme), _new_id)
             sessions = parts.enter_context(closing(self._sessions(places, boot_id, store, memory)))
             server = parts.enter_context(closing(self._control_server(places, limit)))
             self._owner = owner = Owner(
@@ -150,7 +150,7 @@ class Service:
         tier.start()
         return tier
 
-    def _start_nvme(self, parts: ExitStack, wake: Callable[[], None]) -> NvmeTier | None:
+    def _start_nvme(self, parts: ExitStack, memory: LiveSlabs, wake: Callable[[], None]) -> NvmeTier | None:
         """The nvme tier, where one is configured. One that cannot work is down and says why; the daemon serves on."""
         self._nvme: NvmeTier | None = None
         nvme = self._config.nvme
@@ -161,10 +161,11 @@ class Service:
             bytes_per_path=nvme.bytes,
             slab_bytes=nvme.slab_bytes,
             queue_depth=nvme.queue_depth,
+            io_nice=nvme.io_nice,
             life_bytes=derive(self._config).drive_life_bytes,
         )
         try:
-            self._nvme = tier = NvmeTier(options, wake=wake)
+            self._nvme = tier = NvmeTier(options, memory=memory.memory_handle, wake=wake)
         except ValueError as error:
             raise BadRequest(f"[nvme] does not fit: {error}") from error
         parts.callback(lambda: tier.close(_CLOSE_S))

@@ -158,9 +158,9 @@ class HostTier:
         """The open slab's memfd. It stays ours: valid until `close_slab`, duplicated by sending it."""
         return self._opened(slab).fd
 
-    def view(self, slab: int) -> memoryview:
-        """The open slab's bytes in this process, mapped on first use. After `close_slab` a kept view reads zeros."""
-        return self._opened(slab).view()
+    def memory_number(self, slab: int) -> int:
+        """What the open slab's memory is called; a slab that is opened again has other memory."""
+        return self._opened(slab).number
 
     def close(self, timeout_s: float) -> None:
         """See `Tier.close`; what is not done by then is by the next call, or ends with the process."""

@@ -18,10 +18,11 @@ import os
 import platform
 import threading
 from collections.abc import Callable, Sequence
+from itertools import count
 from typing import Literal, get_args
 
 from forebay.tiers.machine import HUGE_PAGE_BYTES, MachineMemory
-from forebay.transports.shm import create_memfd, map_shared
+from forebay.transports.shm import create_memfd
 
 PageKind = Literal["hugetlb", "thp", "4k"]
 PageChoice = Literal["auto", "hugetlb", "thp", "4k"]
@@ -39,6 +40,7 @@ _MPOL_PREFERRED = 1
 _MPOL_INTERLEAVE = 3
 _SET_MEMPOLICY = {"x86_64": 238, "aarch64": 237}
 _MAP_FAILED = ctypes.c_void_p(-1).value
+_numbers = count(1)
 
 
 class Memory:
@@ -124,6 +126,8 @@ class SlabMemory:
         """Fresh zeroed memory, not populated. Hugetlb pages are reserved here, so no peer can run out of them later
         (that would be a SIGBUS). Raises OSError.
         """
+        self.number = next(_numbers)
+        """Never another memory's, whatever slab it serves as."""
         self.size_bytes = size_bytes
         self.pages = pages
         self.lock = False
@@ -133,7 +137,6 @@ class SlabMemory:
         self._memory = memory
         self._piece = threading.Lock()  # held for one piece at a time
         self._locked_at = 0
-        self._view: memoryview | None = None
         self.fd = memory.create(size_bytes, hugetlb=pages == "hugetlb")
         if pages == "hugetlb":
             try:
@@ -141,12 +144,6 @@ class SlabMemory:
             except OSError:
                 os.close(self.fd)
                 raise
-
-    def view(self) -> memoryview:
-        """The bytes, mapped on first use and until `free` or `release`. Raises OSError."""
-        if self._view is None:
-            self._view = memoryview(map_shared(self.fd, self.size_bytes, writable=True))
-        return self._view
 
     def populate(self, stop: Callable[[], bool]) -> None:
         """Take all pages, and lock them if `lock`; ends early when `stop` says so or the memory was freed.
@@ -204,7 +201,6 @@ class SlabMemory:
         self.locked_bytes += length
 
     def _unmap(self) -> None:
-        self._view = None  # unmapped by its last reader
         if self._locked_at:
             self._memory.unmap(self._locked_at, self.size_bytes)
             self._locked_at = self.locked_bytes = 0

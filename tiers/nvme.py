@@ -22,6 +22,7 @@ from forebay.tiers.nvme_drive import Drive, open_drive
 from forebay.tiers.nvme_format import HASH_BYTES_MAX, PAGE, slabs_in, slots_per_slab
 from forebay.tiers.nvme_index import Committer
 from forebay.tiers.nvme_io import DriveIo, Errors, Part, Work, WriteHealth, latency_of
+from forebay.tiers.nvme_io_process import IoProcess, MemoryHandle
 from forebay.tiers.nvme_jobs import (
     DriveInfo,
     Event,
@@ -53,7 +54,7 @@ class _Unit:
     drive: Drive
     health: WriteHealth
     committer: Committer
-    io: DriveIo
+    io: DriveIo | IoProcess
     restore: Restore
 
 
@@ -67,11 +68,14 @@ class NvmeTier:
         options: NvmeOptions,
         *,
         files: Files | None = None,
+        memory: MemoryHandle | None = None,
         wake: Callable[[], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Check the sizes, touch nothing. Raises ValueError for sizes that hold no slab.
 
+        With `memory` each drive's I/O is done by a process of its own, which is handed the memory that jobs name;
+        without, by threads of this process, in the views that jobs bring.
         `wake` is called from any thread, once until `completed` has been called, and must not block. `clock` times
         the pauses of a failing drive.
         """
@@ -89,6 +93,7 @@ class NvmeTier:
         """The least generation to give to what is written in this life of the tier; 0 before `start`."""
         self._options = options
         self._files = files or OsFiles()
+        self._memory = memory
         self._wake = wake
         self._clock = clock
         self._errors = Errors()
@@ -202,6 +207,12 @@ class NvmeTier:
             if own:
                 unit.committer.forget(own)
 
+    def drop_memory(self, numbers: Sequence[int]) -> None:
+        """Memory that is gone: no job will name it again."""
+        for unit in self._units:
+            if isinstance(unit.io, IoProcess):
+                unit.io.drop(numbers)
+
     def completed(self) -> list[Event]:
         """All jobs that have ended since the last call, and at most one `RestoredBlocks`, so that a call stays short.
 
@@ -281,12 +292,25 @@ class NvmeTier:
             batch_blocks=options.index_batch_blocks,
             finished=self._part_ended,
         )
-        io = DriveIo(
-            drive, options.queue_depth, health, self._errors, loaded=self._part_ended, written=committer.written
-        )
+        io = self._make_io(drive, health, committer)
         teller = _Teller(self, number)
         return _Unit(
             drive, health, committer, io, Restore(drive, committer, teller, walk_timeout_s=options.walk_timeout_s)
+        )
+
+    def _make_io(self, drive: Drive, health: WriteHealth, committer: Committer) -> DriveIo | IoProcess:
+        depth, loaded, written = self._options.queue_depth, self._part_ended, committer.written
+        if self._memory is None:
+            return DriveIo(drive, depth, health, self._errors, loaded=loaded, written=written)
+        return IoProcess(
+            drive,
+            depth,
+            health,
+            self._errors,
+            loaded=loaded,
+            written=written,
+            memory=self._memory,
+            nice=self._options.io_nice,
         )
 
     # --- jobs ---
@@ -328,6 +352,8 @@ class NvmeTier:
             raise ValueError(f"job {job.job_id} names a slab or slot that the tier does not have")
         if job.payload_bytes > job.slot_bytes or any(len(view) != job.slot_bytes for view in job.views):
             raise ValueError(f"job {job.job_id} has a view or a payload that is no slot of {job.slot_bytes} bytes")
+        if len(job.views if self._memory is None else job.memory) != len(job.slots):
+            raise ValueError(f"job {job.job_id} does not say where each of its blocks lies in memory")
         _check_names(job)
 
     def _cut(self, work: Work) -> list[tuple[_Unit, Part]]:

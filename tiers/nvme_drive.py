@@ -14,6 +14,8 @@ import contextlib
 import mmap
 import os
 import stat
+import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -41,28 +43,65 @@ DATA_NAME = "blocks.dat"
 INDEX_NAME = "index"
 DIRECTORY_MODE = 0o700
 _COPIES = (HEADER_COPY_OFFSET, 0)
+LOCK_S = 1.0
+_LOCK_AGAIN_S = 0.02
+_never = threading.Event()
 LIFETIME_STEP_BYTES = 64 << 20
 """What a killed daemon may forget of the bytes it has written."""
 _MEMORY_KINDS = ("tmpfs", "ramfs", "hugetlbfs")
 _NETWORK_KINDS = ("nfs", "nfs4", "cifs", "smb3", "ceph", "9p", "virtiofs", "lustre", "glusterfs", "beegfs", "afs")
 
 
-class Drive:
-    """An open, locked data file. Its methods block on the disk, release the GIL and may be called by any thread."""
+class SlotFile:
+    """A data file as far as slots go. Its methods block on the disk, release the GIL and are for any thread."""
+
+    def __init__(
+        self, files: Files, directory: Path, fd: int, drive_id: bytes, slab_bytes: int, *, is_direct: bool
+    ) -> None:
+        """`fd` stays the caller's; `is_direct` says whether it was opened with O_DIRECT."""
+        self.files = files
+        self.directory = directory
+        self.drive_id = drive_id
+        self.slab_bytes = slab_bytes
+        self.is_direct = is_direct
+        self._fd = fd
+
+    def read(self, buffers: Sequence[WriteableBuffer], offset: int) -> int:
+        """preadv; with O_DIRECT each buffer begins on a page and is whole pages long. May be short."""
+        got = self.files.preadv(self._fd, buffers, offset)
+        if not self.is_direct and got > 0:
+            self._forget_cached(offset, got)
+        return got
+
+    def write(self, buffers: Sequence[ReadableBuffer], offset: int) -> int:
+        """pwritev, as `read`."""
+        return self.files.pwritev(self._fd, buffers, offset)
+
+    def free_bytes(self) -> int:
+        """Room left on the path's filesystem; 0 when it cannot be asked."""
+        try:
+            return self.files.statvfs_free_bytes(self.directory)
+        except OSError:
+            return 0
+
+    def _forget_cached(self, offset: int, length: int) -> None:
+        """A hint to the kernel; where it is not taken, what was read or written is as good."""
+        with contextlib.suppress(OSError):
+            self.files.advise(self._fd, offset, length, os.POSIX_FADV_DONTNEED)
+
+
+class Drive(SlotFile):
+    """An open, locked data file."""
 
     def __init__(self, files: Files, directory: Path, header: DriveHeader, lock_fd: int) -> None:
         """Takes over `lock_fd`; `open_drive` is how to get one."""
-        self.files = files
-        self.directory = directory
+        super().__init__(files, directory, lock_fd, header.drive_id, header.slab_bytes, is_direct=False)
         self.header = header
-        self.drive_id = header.drive_id
-        self.slab_bytes = header.slab_bytes
         self.slabs = header.slabs
         self.is_new = header.epoch == 0
         self.io_reason = ""
         """Why the file is read and written through the page cache; empty with O_DIRECT."""
         self._lock_fd = lock_fd
-        self._fd = lock_fd
         self._probe_direct()
         counts = [self._read_written(offset) for offset in WRITTEN_OFFSETS]
         self.lifetime_written_bytes = self._noted_bytes = max(counts)
@@ -70,12 +109,13 @@ class Drive:
         self._next_note = 1 - counts.index(self._noted_bytes)
 
     @property
-    def index_directory(self) -> Path:
-        return self.directory / INDEX_NAME
+    def descriptors(self) -> tuple[int, int]:
+        """For a process that is to move slots: the descriptor to do it with, and the one that holds the lock."""
+        return self._fd, self._lock_fd
 
     @property
-    def is_direct(self) -> bool:
-        return self._fd != self._lock_fd
+    def index_directory(self) -> Path:
+        return self.directory / INDEX_NAME
 
     def warnings(self) -> tuple[str, ...]:
         """What an operator should know about the place, in sentences that name the path."""
@@ -101,27 +141,11 @@ class Drive:
                 raise OSError("short write of the drive header")
             self.sync()
 
-    def read(self, buffers: Sequence[WriteableBuffer], offset: int) -> int:
-        """preadv; with O_DIRECT each buffer begins on a page and is whole pages long. May be short."""
-        got = self.files.preadv(self._fd, buffers, offset)
-        if not self.is_direct and got > 0:
-            self._forget_cached(offset, got)
-        return got
-
-    def write(self, buffers: Sequence[ReadableBuffer], offset: int) -> int:
-        """pwritev, as `read`."""
-        return self.files.pwritev(self._fd, buffers, offset)
-
     def sync(self) -> None:
         """fdatasync; raises OSError, after which nothing written since the last success may be believed."""
         self.files.sync(self._fd)
         if not self.is_direct:
             self._forget_cached(0, 0)
-
-    def _forget_cached(self, offset: int, length: int) -> None:
-        """A hint to the kernel; where it is not taken, what was read or written is as good."""
-        with contextlib.suppress(OSError):
-            self.files.advise(self._fd, offset, length, os.POSIX_FADV_DONTNEED)
 
     def read_slab_page(self, slab: int) -> bytes:
         """A slab's header page as it lies on the drive; raises OSError, also for a short read."""
@@ -154,13 +178,6 @@ class Drive:
             self._noted_bytes = self.lifetime_written_bytes
             self._next_note = 1 - self._next_note
 
-    def free_bytes(self) -> int:
-        """Room left on the path's filesystem; 0 when it cannot be asked."""
-        try:
-            return self.files.statvfs_free_bytes(self.directory)
-        except OSError:
-            return 0
-
     def close(self) -> None:
         """Give the file up, lock included. No other call may be under way. Idempotent."""
         for fd in {self._fd, self._lock_fd} - {-1}:
@@ -187,6 +204,7 @@ class Drive:
                 self.files.close(fd)
             return
         self._fd = fd
+        self.is_direct = True
 
 
 def open_drive(files: Files, directory: Path, *, slab_bytes: int, slabs: int) -> Drive:
@@ -239,10 +257,15 @@ def _open_or_create(files: Files, path: Path) -> tuple[int, bool]:
 
 
 def _lock(files: Files, fd: int, directory: Path) -> None:
-    try:
-        files.lock(fd)
-    except BlockingIOError:
-        raise Busy(f"{directory} is in use by another daemon") from None
+    """A daemon that was killed holds its drive until its I/O process has ended too, a moment later."""
+    until_s = time.monotonic() + LOCK_S
+    while True:
+        try:
+            return files.lock(fd)
+        except BlockingIOError:
+            if time.monotonic() >= until_s:
+                raise Busy(f"{directory} is in use by another daemon") from None
+        _never.wait(_LOCK_AGAIN_S)
 
 
 def _settle(files: Files, fd: int, directory: Path, slab_bytes: int, slabs: int, made: bool) -> DriveHeader:

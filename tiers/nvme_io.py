@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from xxhash import xxh3_64_intdigest
 
-from forebay.tiers.nvme_drive import Drive
+from forebay.tiers.nvme_drive import SlotFile
 from forebay.tiers.nvme_format import PAGE, check_slot, pack_slot, slot_offset, slot_stride
 from forebay.tiers.nvme_jobs import LATENCY_BOUNDS_S, IoStatus, Latency, LoadJob, WriteJob
 
@@ -233,7 +233,7 @@ class DriveIo:
 
     def __init__(
         self,
-        drive: Drive,
+        drive: SlotFile,
         queue_depth: int,
         health: WriteHealth,
         errors: Errors,
@@ -348,32 +348,34 @@ class DriveIo:
 
     def _load_forever(self, meter: Meter) -> None:
         pages = HeaderPages().pages
-        call = self._next_load(None)
-        while call is not None:
-            try:
-                self._load(call, pages, meter)
-            except Exception:  # a bug must cost its blocks, which are I/O errors by now, and neither thread nor queue
-                log.exception("bug while a load was under way")
-                self._errors.add("load_bug", len(call[2]))
-            call = self._next_load(call)
+        while (call := self._await_load()) is not None:
+            while call is not None:
+                try:
+                    self._load(call, pages, meter)
+                except Exception:  # a bug must cost its blocks, I/O errors by now, and neither thread nor queue
+                    log.exception("bug while a load was under way")
+                    self._errors.add("load_bug", len(call[2]))
+                call = self._next_load(call[0])
 
-    def _next_load(self, done: Call | None) -> Call | None:
-        """Account for a call that is over and take the next, in one go while there is one; None to end."""
+    def _await_load(self) -> Call | None:
+        """The next call, once there is one; None to end. Nothing of the last one is held meanwhile."""
+        with self._lock:
+            while not self._may_load() and not self._closed:
+                self._load_ready.wait()
+            return self._take_load() if self._loads else None
+
+    def _next_load(self, done: Part) -> Call | None:
+        """Account for a call that is over and take the next, in one go, if there is one."""
         call = None
         with self._lock:
-            ended = done is not None and self._drop(done[0])
-            self._checking -= done is not None
+            ended = self._drop(done)
+            self._checking -= 1
             if self._may_load():
                 call = self._take_load()
             else:
                 self._tell_idle()
-        if ended and done is not None:
-            self._loaded(done[0])
-        if call is None:
-            with self._lock:
-                while not self._may_load() and not self._closed:
-                    self._load_ready.wait()
-                call = self._take_load() if self._loads else None
+        if ended:
+            self._loaded(done)
         return call
 
     def _take_load(self) -> Call:
@@ -446,32 +448,34 @@ class DriveIo:
 
     def _write_forever(self, meter: Meter) -> None:
         pages = HeaderPages().pages
-        call = self._next_write(None)
-        while call is not None:
-            try:
-                self._write(call, pages, meter)
-            except Exception:  # a bug must cost its blocks, which are I/O errors by now, and neither thread nor queue
-                log.exception("bug while a write was under way")
-                self._errors.add("write_bug", len(call[2]))
-            call = self._next_write(call)
+        while (call := self._await_write()) is not None:
+            while call is not None:
+                try:
+                    self._write(call, pages, meter)
+                except Exception:  # a bug must cost its blocks, I/O errors by now, and neither thread nor queue
+                    log.exception("bug while a write was under way")
+                    self._errors.add("write_bug", len(call[2]))
+                call = self._next_write(call[0])
 
-    def _next_write(self, done: Call | None) -> Call | None:
-        """As `_next_load`."""
+    def _await_write(self) -> Call | None:
+        """The next call, once there is one; None to end. Nothing of the last one is held meanwhile."""
+        with self._lock:
+            while not self._may_write() and not self._closed:
+                self._write_ready.wait()
+            return self._take_write() if self._writes else None
+
+    def _next_write(self, done: Part) -> Call | None:
+        """Account for a call that is over and take the next, in one go, if there is one."""
         call = None
         with self._lock:
-            ended = done is not None and self._drop(done[0])
-            self._storing -= done is not None
+            ended = self._drop(done)
+            self._storing -= 1
             if self._may_write():
                 call = self._take_write()
             else:
                 self._tell_idle()
-        if ended and done is not None:
-            self._written(done[0])
-        if call is None:
-            with self._lock:
-                while not self._may_write() and not self._closed:
-                    self._write_ready.wait()
-                call = self._take_write() if self._writes else None
+        if ended:
+            self._written(done)
         return call
 
     def _take_write(self) -> Call:

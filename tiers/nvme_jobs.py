@@ -65,6 +65,9 @@ def namespace_id(uid: int, group_fingerprint: bytes, rank: int) -> bytes:
 class _Job:
     """Blocks of one namespace shard, and the host slots they lie in or go to; a few MiB, so that a cancellation is soon
     heeded.
+
+    `views` are the host slots: `slot_bytes` long, beginning on a page. Where another process does the I/O they are
+    empty, and `memory` says where each slot lies: a number that `HostMemory` knows, and the byte offset in it.
     """
 
     job_id: int
@@ -75,15 +78,16 @@ class _Job:
     slots: Sequence[int]
     hashes: Sequence[bytes]
     generations: Sequence[int]
-    views: Sequence[memoryview]
+    views: Sequence[memoryview] = ()
+    memory: Sequence[tuple[int, int]] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadJob(_Job):
     """Blocks to read into host slots.
 
-    `views` are the host slots: writable, `slot_bytes` long, beginning on a page. They are the tier's from `load` until
-    the job's `JobDone`, whatever their status, and hold anything at all after a status other than OK.
+    The host slots are the tier's from `load` until the job's `JobDone`, whatever their status, and hold anything at
+    all after a status other than OK.
     """
 
 
@@ -91,7 +95,8 @@ class LoadJob(_Job):
 class WriteJob(_Job):
     """Blocks to write from host slots; `parents` are empty for roots.
 
-    `views` are read until `JobDone`. Bytes that change meanwhile are not an error here: the checksum then fails later.
+    The host slots are read until `JobDone`. Bytes that change meanwhile are not an error here: the checksum then fails
+    later.
     """
 
     parents: Sequence[bytes]
@@ -156,6 +161,8 @@ class NvmeOptions:
     slab_bytes: int
     queue_depth: int = 8
     """Reads, and again writes, under way at a drive at one time."""
+    io_nice: int = 0
+    """Niceness of the drives' I/O processes, where there are such."""
     index_batch_s: float = 0.01
     """How long an index transaction waits for company. Longer saves syncs, and holds the host's slots longer."""
     index_batch_blocks: int = 1024

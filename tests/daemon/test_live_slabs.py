@@ -39,6 +39,9 @@ class FakeTier:
     def slab_fd(self, slab: int) -> int:
         return self.fds[slab]
 
+    def memory_number(self, slab: int) -> int:
+        return 1000 + self.fds[slab]
+
 
 @pytest.fixture
 def tier() -> FakeTier:

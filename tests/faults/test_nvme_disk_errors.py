@@ -108,7 +108,7 @@ def test_failing_writes_cost_no_answer_and_come_back_by_themselves(
     with Engine(daemon, ledger) as engine:
         engine.store_durably([before])
         errors = daemon.errors().get(cause, 0)
-        with Tampered(daemon.pid, calls, f"error={error}", daemon.paths[0] / name):
+        with Tampered(daemon.pids, calls, f"error={error}", daemon.paths[0] / name):
             for number in others:
                 assert engine.store(number).committed == BLOCKS
                 assert engine.fetch(number) == Verdict(BLOCKS, 0, 0)
@@ -143,7 +143,7 @@ def test_failing_reads_are_misses_and_memory_is_served(daemon: NvmeDaemon, ledge
     before = _counters(daemon)
     with Engine(daemon, ledger) as engine:
         assert engine.store(hot).committed == BLOCKS
-        with Tampered(daemon.pid, READS, "error=EIO", daemon.data_files[0]):
+        with Tampered(daemon.pids, READS, "error=EIO", daemon.data_files[0]):
             ledger.gone(chain(lost))
             assert engine.fetch(lost).served == 0
             assert engine.fetch(hot) == Verdict(BLOCKS, 0, 0)
@@ -214,7 +214,7 @@ def _fill_up(filler: Path) -> None:
 
 
 def _slow(daemon: NvmeDaemon, seconds: float, calls: tuple[str, ...] = (*READS, *WRITES, *SYNCS)) -> Tampered:
-    return Tampered(daemon.pid, calls, f"delay_enter={int(seconds * 1e6)}", daemon.data_files[0])
+    return Tampered(daemon.pids, calls, f"delay_enter={int(seconds * 1e6)}", daemon.data_files[0])
 
 
 @needs_strace

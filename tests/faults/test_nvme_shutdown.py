@@ -68,7 +68,7 @@ def test_flush_to_a_drive_that_does_not_take_it_ends_in_time(fault: str) -> None
     ledger, flush_s = Ledger(4), 1
     with NvmeDaemon({"shutdown.flush_s": flush_s, "nvme.idle_s": 3600, "nvme.queue_depth": 1}) as daemon:
         _store_all(daemon, ledger)
-        with Tampered(daemon.pid, WRITES, fault, daemon.data_files[0]):
+        with Tampered(daemon.pids, WRITES, fault, daemon.data_files[0]):
             began = time.monotonic()
             assert daemon.stop() == 0
             print(f"stopped after {time.monotonic() - began:.2f} s")

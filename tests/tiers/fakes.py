@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from forebay.tiers.base import TierInfo
+from forebay.tiers.host import HostTier
 from forebay.tiers.machine import MachineMemory
-from forebay.tiers.memory import Memory
+from forebay.tiers.memory import Memory, SlabMemory
+from forebay.transports.shm import map_shared
 
 
 class FakeTier:
@@ -65,6 +67,18 @@ class FakeTier:
 
     def view(self, slab: int) -> memoryview:
         return memoryview(self._open[slab])
+
+
+def view_of(memory: SlabMemory) -> memoryview:
+    """A slab's bytes."""
+    return memoryview(map_shared(memory.fd, memory.size_bytes, writable=True))
+
+
+class ViewedHostTier(HostTier):
+    """The host tier, whose slabs' bytes can be looked at."""
+
+    def view(self, slab: int) -> memoryview:
+        return memoryview(map_shared(self.slab_fd(slab), self.slab_bytes, writable=True))
 
 
 class FailingMemory(Memory):

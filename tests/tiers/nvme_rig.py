@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from forebay.tiers.files import FilesystemInfo, OsFiles
 from forebay.tiers.nvme import NvmeTier
+from forebay.tiers.nvme_io_process import MemoryHandle
 from forebay.tiers.nvme_jobs import (
     Event,
     IoStatus,
@@ -137,13 +138,24 @@ class Clock:
 class Rig:
     """A tier with one namespace, driven as the owner thread would drive it."""
 
-    def __init__(self, *paths: Path, files: FaultyFiles | None = None, started: bool = True, **options: Any) -> None:
+    def __init__(
+        self,
+        *paths: Path,
+        files: FaultyFiles | None = None,
+        memory: MemoryHandle | None = None,
+        started: bool = True,
+        **options: Any,
+    ) -> None:
         settings = {"bytes_per_path": BYTES, "slab_bytes": SLAB, "index_batch_s": 0.01, **options}
         self.files = files or FaultyFiles()
         self.clock = Clock()
         self._woken = threading.Event()
         self.tier = NvmeTier(
-            NvmeOptions(paths=paths, **settings), files=self.files, wake=self._woken.set, clock=self.clock
+            NvmeOptions(paths=paths, **settings),
+            files=self.files,
+            memory=memory,
+            wake=self._woken.set,
+            clock=self.clock,
         )
         self.done: dict[int, JobDone] = {}
         self.slabs: list[tuple[int, SlabOwner, int]] | None = None
@@ -205,11 +217,11 @@ class Rig:
             "parents": [name(number - 1) if number else b"" for number in numbers],
             "depths": list(numbers),
         }
-        return WriteJob(job_id=self._next_id, views=views, **{**self.places(numbers, slab), **names, **changed})
+        return WriteJob(job_id=self._next_id, **{"views": views, **self.places(numbers, slab), **names, **changed})
 
     def load_job(self, numbers: Sequence[int], slab: int | Sequence[int] = 0, **changed: Any) -> LoadJob:
         self._next_id += 1
-        return LoadJob(job_id=self._next_id, views=memory(len(numbers)), **{**self.places(numbers, slab), **changed})
+        return LoadJob(job_id=self._next_id, **{"views": memory(len(numbers)), **self.places(numbers, slab), **changed})
 
     def wait(self, job: LoadJob | WriteJob) -> list[IoStatus]:
         self.until(lambda: job.job_id in self.done)

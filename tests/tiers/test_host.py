@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from tests.tiers.contract import SLABS, TierContract
-from tests.tiers.fakes import FailingMemory, FakeMachine
+from tests.tiers.fakes import FailingMemory, FakeMachine, ViewedHostTier
 
 from forebay.tiers.base import Tier
 from forebay.tiers.host import HostTier
@@ -18,17 +18,17 @@ from forebay.tiers.memory import PIECE_BYTES
 
 MIB = 1 << 20
 SLAB = 2 * MIB
-MakeTier = Callable[..., HostTier]
+MakeTier = Callable[..., ViewedHostTier]
 
 
 @pytest.fixture
 def make() -> Iterator[MakeTier]:
     """Tiers of four slabs on a machine without huge pages; all closed afterwards."""
-    made: list[HostTier] = []
+    made: list[ViewedHostTier] = []
 
     def make_tier(**settings: object) -> HostTier:
         arguments = {"machine": FakeMachine(), "populate_threads": 2, **settings}
-        made.append(HostTier(SLABS * SLAB, SLAB, **arguments))  # type: ignore[arg-type]
+        made.append(ViewedHostTier(SLABS * SLAB, SLAB, **arguments))  # type: ignore[arg-type]
         return made[-1]
 
     yield make_tier
@@ -38,7 +38,7 @@ def make() -> Iterator[MakeTier]:
 
 class TestHostTier(TierContract):
     @pytest.fixture(params=[True, False], ids=["populate", "no populate"])
-    def tier(self, request: pytest.FixtureRequest, make: MakeTier) -> HostTier:
+    def tier(self, request: pytest.FixtureRequest, make: MakeTier) -> ViewedHostTier:
         return make(populate=request.param)
 
 

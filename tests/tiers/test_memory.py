@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.tiers.fakes import FailingMemory, FakeMachine
+from tests.tiers.fakes import FailingMemory, FakeMachine, view_of
 
 from forebay.tiers.machine import MachineMemory
 from forebay.tiers.memory import (
@@ -97,18 +97,18 @@ def test_fresh_memory_takes_no_page_until_populated() -> None:
 
 def test_populating_leaves_what_an_engine_has_written() -> None:
     made = SlabMemory(Memory(), SLAB, "4k")
-    made.view()[SLAB - 4 :] = b"kept"
+    view_of(made)[SLAB - 4 :] = b"kept"
     made.populate(never)
-    assert bytes(made.view()[SLAB - 4 :]) == b"kept"
+    assert bytes(view_of(made)[SLAB - 4 :]) == b"kept"
     made.free()
 
 
 def test_kernel_without_populate_falls_back_to_fallocate() -> None:
     made = SlabMemory(FailingMemory(populate=errno.EINVAL), SLAB, "4k")
-    made.view()[:4] = b"kept"
+    view_of(made)[:4] = b"kept"
     made.populate(never)
     assert resident_bytes(made.fd) == SLAB
-    assert bytes(made.view()[:4]) == b"kept"
+    assert bytes(view_of(made)[:4]) == b"kept"
     made.free()
 
 
@@ -142,7 +142,7 @@ def test_freed_memory_is_back_although_a_peer_still_holds_it() -> None:
 
 def test_released_memory_keeps_its_bytes_for_the_peer_that_holds_it() -> None:
     made = SlabMemory(Memory(), SLAB, "4k")
-    made.view()[:4] = b"kept"
+    view_of(made)[:4] = b"kept"
     peer = os.dup(made.fd)
     made.release(1.0)
     assert os.pread(peer, 4, 0) == b"kept"

@@ -67,6 +67,17 @@ class NvmeDaemon(LiveDaemon):
         super().launch()
 
     @property
+    def io_pids(self) -> list[int]:
+        """The drives' I/O processes."""
+        children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
+        return [int(pid) for pid in children if b"nvme_io_child" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+    @property
+    def pids(self) -> list[int]:
+        """All that touch the drives."""
+        return [self.pid, *self.io_pids]
+
+    @property
     def data_files(self) -> list[Path]:
         return [path / "blocks.dat" for path in self.paths]
 
@@ -173,23 +184,25 @@ def killed_at(call: str, when: int) -> list[str]:
 
 
 class Tampered:
-    """While it is entered, system calls of a process end as `fault` says, in strace's words: `error=EIO`.
+    """While it is entered, system calls of these processes end as `fault` says, in strace's words: `error=EIO`.
 
     With `path` only calls on that file.
     """
 
-    def __init__(self, pid: int, calls: Sequence[str], fault: str, path: Path | None = None) -> None:
+    def __init__(self, pids: Sequence[int], calls: Sequence[str], fault: str, path: Path | None = None) -> None:
         named = ",".join(calls)
         self._command = ["strace", "-f", "-o", "/dev/null", "-e", f"trace={named}", "-e", f"inject={named}:{fault}"]
         self._command += ["-P", str(path)] if path is not None else []
-        self._command += ["-p", str(pid)]
+        self._command += [word for pid in pids for word in ("-p", str(pid))]
+        self._attaching = len(pids)
         self._strace: subprocess.Popen[str] | None = None
 
     def __enter__(self) -> Self:
         self._strace = subprocess.Popen(self._command, stderr=subprocess.PIPE, text=True)
         assert self._strace.stderr is not None
         for line in self._strace.stderr:
-            if "attached" in line:
+            self._attaching -= "attached" in line
+            if not self._attaching:
                 return self
         raise AssertionError("strace did not attach")
 

@@ -1,0 +1,283 @@
+"""A drive's I/O process: the same bytes and verdicts as threads give, and what becomes of its work when it dies."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.tiers.nvme_rig import PAYLOAD, SLAB, SLOT, WAIT_S, Rig, content
+
+from forebay.kvstore.errors import Busy
+from forebay.tiers import nvme_io_process
+from forebay.tiers.files import OsFiles
+from forebay.tiers.nvme_drive import DATA_NAME, open_existing
+from forebay.tiers.nvme_format import PAGE, slot_offset
+from forebay.tiers.nvme_io_process import IoProcess
+from forebay.tiers.nvme_jobs import IoStatus, LoadJob, WriteJob
+from forebay.transports.shm import create_memfd, map_shared
+
+OK = IoStatus.OK
+NEVER = threading.Event()
+
+
+class ProcessRig(Rig):
+    """A tier whose I/O is done by a process; every block of a job lies in a memfd of its own."""
+
+    def __init__(self, path: Path, **options: Any) -> None:
+        self.memfds: dict[int, int] = {}
+        self.asked: list[int] = []
+        super().__init__(path, memory=self._handle, **options)
+
+    def write_job(self, numbers: Sequence[int], slab: int | Sequence[int] = 0, **changed: Any) -> WriteJob:
+        memory = self._new_memory(len(numbers))
+        for (each, _), number in zip(memory, numbers):
+            self.bytes_of(each)[:PAYLOAD] = content(number)[:PAYLOAD]
+        return super().write_job(numbers, slab, **{"views": (), "memory": memory, **changed})
+
+    def load_job(self, numbers: Sequence[int], slab: int | Sequence[int] = 0, **changed: Any) -> LoadJob:
+        return super().load_job(numbers, slab, **{"views": (), "memory": self._new_memory(len(numbers)), **changed})
+
+    def load(self, numbers: Sequence[int], slab: int | Sequence[int] = 0, **changed: Any) -> list[IoStatus]:
+        job = self.load_job(numbers, slab, **changed)
+        self.tier.load(job)
+        statuses = self.wait(job)
+        self.compare(job, numbers)
+        return statuses
+
+    def compare(self, job: LoadJob, numbers: Sequence[int]) -> None:
+        """What is OK has the right bytes."""
+        for number, (memory, _), status in zip(numbers, job.memory, self.done[job.job_id].statuses):
+            assert status or self.bytes_of(memory)[:PAYLOAD] == content(number)[:PAYLOAD]
+
+    def bytes_of(self, number: int) -> memoryview:
+        return memoryview(map_shared(self.memfds[number], SLOT, writable=True))
+
+    def io(self) -> IoProcess:
+        io = self.tier._units[0].io
+        assert isinstance(io, IoProcess)
+        return io
+
+    def _new_memory(self, count: int) -> list[tuple[int, int]]:
+        fds = [create_memfd("test", SLOT) for _ in range(count)]
+        numbers = range(len(self.memfds) + 1, len(self.memfds) + count + 1)
+        self.memfds.update(zip(numbers, fds))
+        return [(number, 0) for number in numbers]
+
+    def _handle(self, number: int) -> tuple[int, int]:
+        self.asked.append(number)
+        return self.memfds[number], SLOT
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Iterator[Callable[..., ProcessRig]]:
+    """Running tiers with blocks 0 .. 9 durable in slab 0."""
+    made: list[ProcessRig] = []
+
+    def make_rig(**options: Any) -> ProcessRig:
+        rig = ProcessRig(tmp_path / "drive", **options)
+        made.append(rig)
+        rig.restore()
+        rig.assign()
+        assert set(rig.write(range(10))) == {OK}
+        return rig
+
+    yield make_rig
+    for rig in made:
+        rig.close()
+        for fd in rig.memfds.values():
+            os.close(fd)
+
+
+@pytest.fixture
+def rig(make: Callable[..., ProcessRig]) -> ProcessRig:
+    return make()
+
+
+def stop(rig: ProcessRig) -> int:
+    """Freeze the process, as a drive that hangs would."""
+    pid = rig.io().pid
+    os.kill(pid, signal.SIGSTOP)
+    return pid
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return b") Z" not in Path(f"/proc/{pid}/stat").read_bytes()
+    except OSError:
+        return False
+
+
+def eventually(true: Callable[[], bool], what: str) -> None:
+    deadline_s = time.monotonic() + WAIT_S
+    while not true():
+        assert time.monotonic() < deadline_s, what
+        NEVER.wait(0.01)
+
+
+def test_blocks_come_back_in_any_order_with_the_checksums_of_their_writes(rig: ProcessRig) -> None:
+    job = rig.load_job([7, 2, 3, 9, 0, 4])
+    rig.tier.load(job)
+    assert set(rig.wait(job)) == {OK}
+    rig.compare(job, [7, 2, 3, 9, 0, 4])
+    written = rig.done[1].checksums
+    assert list(rig.done[job.job_id].checksums) == [written[number] for number in (7, 2, 3, 9, 0, 4)]
+
+
+def test_what_it_did_is_counted(rig: ProcessRig) -> None:
+    rig.load(range(10))
+    info = rig.tier.detail()
+    assert (info.read_blocks, info.written_blocks) == (10, 10)
+    assert info.read_bytes == info.written_bytes == 10 * (PAGE + SLOT)
+    assert sum(info.load_latency.counts) >= 1
+    assert info.drives[0].queued_load_blocks == info.drives[0].loading == 0
+
+
+def test_damage_is_told_by_block_and_cause(rig: ProcessRig, tmp_path: Path) -> None:
+    with (tmp_path / "drive" / DATA_NAME).open("r+b") as file:
+        file.seek(slot_offset(SLAB, SLOT, 0, 3) + PAGE + 100)
+        file.write(b"damaged")
+    assert rig.load([2, 3, 4, 30]) == [OK, IoStatus.BAD_PAYLOAD, OK, IoStatus.BAD_HEADER]
+    assert rig.errors() == {"load_bad_header": 1, "load_bad_payload": 1}
+
+
+def test_job_that_does_not_say_where_is_refused(rig: ProcessRig) -> None:
+    with pytest.raises(ValueError, match="where each of its blocks lies"):
+        rig.tier.load(rig.load_job([1, 2], memory=[(1, 0)]))
+
+
+def test_killed_process_costs_what_it_had_under_way_and_comes_back(rig: ProcessRig) -> None:
+    pid = stop(rig)
+    load, write = rig.load_job(range(10)), rig.write_job([11, 12])
+    rig.tier.load(load)
+    rig.tier.write(write)
+    os.kill(pid, signal.SIGKILL)
+    assert set(rig.wait(load)) == set(rig.wait(write)) == {IoStatus.IO_ERROR}
+    assert rig.errors() == {"io_process_ended": 12}
+    eventually(lambda: rig.io().pid not in (0, pid), "no process took its place")
+    assert set(rig.load(range(10))) == {OK}
+    info = rig.tier.detail()
+    assert info.read_blocks == 10
+    assert info.written_blocks == 10, "what the killed process had counted is forgotten"
+
+
+def test_while_there_is_no_process_jobs_end_at_once(rig: ProcessRig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nvme_io_process, "_COMMAND", ("/nowhere",))
+    os.kill(rig.io().pid, signal.SIGKILL)
+    eventually(lambda: not rig.io().pid, "its end was not noticed")
+    assert set(rig.load([1, 2])) == {IoStatus.DOWN}
+    assert set(rig.write([13])) == {IoStatus.DOWN}
+    assert rig.errors() == {"load_down": 2, "write_down": 1}
+    eventually(lambda: "no I/O process" in rig.tier.detail().drives[0].reason, "nobody is told why")
+
+
+def test_drive_that_hangs_gets_no_more_loads_until_it_goes_on(rig: ProcessRig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nvme_io_process, "STUCK_S", 0.1)
+    pid = stop(rig)
+    first = rig.load_job([1])
+    rig.tier.load(first)
+    NEVER.wait(0.2)
+    assert set(rig.load([2, 3])) == {IoStatus.DOWN}
+    os.kill(pid, signal.SIGCONT)
+    assert rig.wait(first) == [OK]
+    assert set(rig.load([2, 3])) == {OK}
+
+
+def test_cancelled_job_ends_unread_as_far_as_it_had_not_begun(make: Callable[..., ProcessRig]) -> None:
+    rig = make(queue_depth=1)
+    pid = stop(rig)
+    jobs = [rig.load_job([number]) for number in range(10)]
+    for job in jobs:
+        rig.tier.load(job)
+    for job in jobs[1:]:
+        rig.tier.cancel(job.job_id)
+    os.kill(pid, signal.SIGCONT)
+    statuses = [rig.wait(job)[0] for job in jobs]
+    assert statuses[0] == OK
+    assert set(statuses) <= {OK, IoStatus.CANCELLED}
+    assert IoStatus.CANCELLED in statuses
+
+
+def test_more_memory_and_words_than_the_sockets_hold_all_arrive(rig: ProcessRig) -> None:
+    pid = stop(rig)
+    jobs = [rig.load_job(list(range(10)) * 4) for _ in range(40)]
+    for job in jobs:
+        rig.tier.load(job)
+    os.kill(pid, signal.SIGCONT)
+    for job in jobs:
+        assert set(rig.wait(job)) == {OK}
+        rig.compare(job, list(range(10)) * 4)
+    assert len(rig.asked) == len(set(rig.asked)) == 10 + 1600
+
+
+def test_dropped_memory_is_unmapped(rig: ProcessRig) -> None:
+    def mapped() -> int:
+        return Path(f"/proc/{rig.io().pid}/maps").read_text().count("memfd:test")
+
+    rig.load(range(10))
+    assert mapped() == 20
+    rig.tier.drop_memory(list(rig.memfds))
+    eventually(lambda: mapped() == 0, "memory is still mapped")
+    assert set(rig.load(range(10))) == {OK}
+
+
+def test_close_ends_the_process_and_lets_go_of_the_drive(rig: ProcessRig, tmp_path: Path) -> None:
+    pid = rig.io().pid
+    with pytest.raises(Busy):
+        open_existing(OsFiles(), tmp_path / "drive")
+    rig.close()
+    assert not is_alive(pid)
+    open_existing(OsFiles(), tmp_path / "drive").close()
+
+
+def test_close_does_not_wait_for_a_process_that_hangs(rig: ProcessRig) -> None:
+    pid = stop(rig)
+    job = rig.load_job([1])
+    rig.tier.load(job)
+    began_s = time.monotonic()
+    rig.tier.close(0.3)
+    assert time.monotonic() - began_s < 5
+    assert rig.wait(job) == [IoStatus.CANCELLED]
+    eventually(lambda: not is_alive(pid), "the process outlives the tier")
+
+
+def test_process_ends_with_the_daemon_however_that_ends(tmp_path: Path) -> None:
+    program = (
+        "import sys, time; from pathlib import Path; from tests.tiers.test_nvme_io_process import ProcessRig;"
+        f"rig = ProcessRig(Path({str(tmp_path / 'drive')!r})); rig.restore();"
+        "print(rig.io().pid, flush=True); time.sleep(60)"
+    )
+    root = Path(__file__).parents[2]
+    path = os.pathsep.join(map(str, (root, root / "tests" / "shared", *filter(None, sys.path))))
+    with subprocess.Popen(
+        [sys.executable, "-P", "-c", program], stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": path}
+    ) as daemon:
+        assert daemon.stdout is not None
+        pid = int(daemon.stdout.readline())
+        assert is_alive(pid)
+        daemon.kill()
+    eventually(lambda: not is_alive(pid), "the process outlives its daemon")
+    open_existing(OsFiles(), tmp_path / "drive").close()
+
+
+@pytest.mark.parametrize(("nice", "policy"), [(0, os.SCHED_OTHER), (12, os.SCHED_BATCH)])
+def test_it_stands_back_as_far_as_it_was_told(make: Callable[..., ProcessRig], nice: int, policy: int) -> None:
+    rig = make(io_nice=nice)
+    for thread in map(int, os.listdir(f"/proc/{rig.io().pid}/task")):
+        assert os.getpriority(os.PRIO_PROCESS, thread) == nice
+        assert os.sched_getscheduler(thread) == policy
+
+
+@pytest.mark.parametrize("ignored", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_signals_to_the_whole_group_are_the_daemons_to_heed(rig: ProcessRig, ignored: signal.Signals) -> None:
+    pid = rig.io().pid
+    os.kill(pid, ignored)
+    assert set(rig.load(range(10))) == {OK}
+    assert rig.io().pid == pid

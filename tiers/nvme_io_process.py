@@ -1,0 +1,375 @@
+"""The daemon's side of a drive's I/O process (nvme_io_child.py): sends parts, hears what became of them.
+
+Sending never waits: what a full socket does not take is left for the thread that listens. The process may die, and is
+then started again; what it had under way ends as an I/O error, and only once it is gone for certain, since its writes
+must not land in slots that have been given to others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from forebay.tiers.nvme_drive import Drive
+from forebay.tiers.nvme_io import Errors, Meter, Part, WriteHealth
+from forebay.tiers.nvme_io_wire import Frames, Kind, State, added, frame, pack_part, send_memory, settle
+from forebay.tiers.nvme_jobs import IoStatus, WriteJob
+
+log = logging.getLogger(__name__)
+
+MemoryHandle = Callable[[int], tuple[int, int]]
+"""Descriptor and size in bytes of the memory a job names; asked on the owner thread."""
+
+STUCK_S = 10.0
+"""A drive that has ended nothing for so long, with loads under way, gets no more of them until it does."""
+_COMMAND = (sys.executable, "-P", "-m", "forebay.tiers.nvme_io_child")
+_RESTART_FIRST_S = 0.1
+_RESTART_MAX_S = 60.0
+_LAST_S = 0.2
+_LOOK_S = 1.0
+_STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+class IoProcess:
+    """`DriveIo` in another process. `submit`, `cancel` and `drop` are the owner's; they never wait."""
+
+    def __init__(
+        self,
+        drive: Drive,
+        queue_depth: int,
+        health: WriteHealth,
+        errors: Errors,
+        *,
+        loaded: Callable[[Part], None],
+        written: Callable[[Part], None],
+        memory: MemoryHandle,
+        nice: int,
+    ) -> None:
+        """`loaded` and `written` as `DriveIo`, called from the listening thread."""
+        self._drive = drive
+        self._queue_depth = queue_depth
+        self._health = health
+        self._errors = errors
+        self._loaded = loaded
+        self._written = written
+        self._memory = memory
+        self._nice = nice
+        self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        # The lock guards all below but the state, which is replaced whole by the listening thread.
+        self._lock = threading.Lock()
+        self._next_part = 0
+        self._parts: dict[int, Part] = {}
+        self._loads_left = 0
+        self._progress_s = 0.0
+        self._known: set[int] = set()
+        self._unsent = bytearray()
+        self._unsent_memory: deque[tuple[int, int, int]] = deque()
+        self._child: subprocess.Popen[bytes] | None = None
+        self._stream: socket.socket | None = None
+        self._channel: socket.socket | None = None
+        self._closing = threading.Event()
+        self._before = State()
+        """What earlier processes have counted."""
+        self._state = State()
+        self._thread = threading.Thread(target=self._listen_forever, name=f"io-{drive.directory.name}", daemon=True)
+
+    @property
+    def load_meters(self) -> Sequence[Meter]:
+        return self._before.loads, self._state.loads
+
+    @property
+    def write_meters(self) -> Sequence[Meter]:
+        return self._before.writes, self._state.writes
+
+    @property
+    def pid(self) -> int:
+        """Of the process; 0 while there is none."""
+        child = self._child
+        return 0 if child is None else child.pid
+
+    def start(self) -> None:
+        """Start the process; by the thread that lives as long as the daemon, for the process ends with it."""
+        self._try_spawn()
+        self._thread.start()
+
+    def submit(self, part: Part) -> None:
+        """Send a part. It ends as DOWN at once while there is no process, and a load while the drive is stuck."""
+        with self._lock:
+            sent = self._stream is not None and not (not _writes(part) and self._is_stuck()) and self._send_part(part)
+        if not sent:
+            _set_all(part, IoStatus.DOWN)
+            self._errors.add("write_down" if _writes(part) else "load_down", len(part.blocks))
+            self._tell(part)
+
+    def cancel(self, job_id: int) -> None:
+        """End what the job has not begun as CANCELLED; what is under way goes on."""
+        with self._lock:
+            if any(part.work.job.job_id == job_id for part in self._parts.values()):
+                self._send(frame([Kind.CANCEL, job_id]))
+
+    def drop(self, numbers: Iterable[int]) -> None:
+        """Memory that no job names any more."""
+        with self._lock:
+            known = [number for number in numbers if number in self._known]
+            if known:
+                self._known.difference_update(known)
+                self._send(frame([Kind.DROP, known]))
+
+    def queued_blocks(self) -> tuple[int, int]:
+        """Blocks whose call has not begun, as the process last told: loads, writes."""
+        return self._state.queued_blocks if self._parts else (0, 0)
+
+    def under_way(self) -> tuple[int, int]:
+        """Calls under way, loads and writes, as the process last told."""
+        return self._state.under_way if self._parts else (0, 0)
+
+    def close(self, deadline_s: float) -> bool:
+        """Finish what is queued until the deadline (time.monotonic), cancel the rest. True: the process has ended."""
+        with self._lock:
+            self._closing.set()
+            self._send(frame([Kind.CLOSE, max(0.0, deadline_s - time.monotonic())]))
+        self._wake()
+        if self._thread.ident is not None:
+            self._thread.join(max(0.0, deadline_s - time.monotonic()) + _LAST_S)
+            child = self._child
+            if self._thread.is_alive() and child is not None:
+                child.kill()
+                self._thread.join(_LAST_S)
+        ended = not self._thread.is_alive()
+        if ended and self._wake_fd >= 0:
+            os.close(self._wake_fd)
+            self._wake_fd = -1
+        return ended
+
+    # --- under the lock ---
+
+    def _is_stuck(self) -> bool:
+        return self._loads_left > 0 and time.monotonic() - self._progress_s > STUCK_S
+
+    def _send_part(self, part: Part) -> bool:
+        """False when it could not be: no descriptor was left to send its memory later."""
+        try:
+            self._send_memories({part.work.job.memory[block][0] for block in part.blocks})
+        except OSError:
+            return False
+        if not self._loads_left:
+            self._progress_s = time.monotonic()
+        self._next_part += 1
+        self._parts[self._next_part] = part
+        part.sync_failures = self._health.sync_failures
+        self._count(part, 1)
+        self._send(pack_part(self._next_part, part))
+        return True
+
+    def _count(self, part: Part, change: int) -> None:
+        if _writes(part):
+            self._health.calls_left += change
+        else:
+            self._loads_left += change
+
+    def _send_memories(self, numbers: set[int]) -> None:
+        for number in numbers - self._known:
+            fd, size_bytes = self._memory(number)
+            if self._unsent_memory or not self._send_memory(number, size_bytes, fd):
+                self._unsent_memory.append((number, size_bytes, os.dup(fd)))
+                self._wake()
+            self._known.add(number)
+
+    def _send_memory(self, number: int, size_bytes: int, fd: int) -> bool:
+        assert self._channel is not None
+        try:
+            send_memory(self._channel, number, size_bytes, fd)
+        except BlockingIOError:
+            return False
+        except OSError:  # the process is gone, which the listening thread finds out
+            pass
+        return True
+
+    def _send(self, said: bytes) -> None:
+        if self._stream is None:
+            return
+        sent = 0
+        if not self._unsent:
+            with contextlib.suppress(OSError):
+                sent = self._stream.send(said, socket.MSG_DONTWAIT)
+        if sent < len(said):
+            self._unsent += said[sent:]
+            self._wake()
+
+    def _wake(self) -> None:
+        if self._wake_fd >= 0:
+            os.eventfd_write(self._wake_fd, 1)
+
+    # --- the process ---
+
+    def _spawn(self) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        channel, their_channel = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        drive, (data_fd, lock_fd) = self._drive, self._drive.descriptors
+        told = {
+            "parent": os.getpid(),
+            "stream": theirs.fileno(),
+            "channel": their_channel.fileno(),
+            "data-fd": data_fd,
+            "slab-bytes": drive.slab_bytes,
+            "queue-depth": self._queue_depth,
+            "nice": self._nice,
+            "drive-id": drive.drive_id.hex(),
+            "directory": drive.directory,
+        }
+        command = [*_COMMAND, *(f"--{key}={value}" for key, value in told.items())]
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)  # until it knows what to make of them
+        try:
+            child = subprocess.Popen(
+                command if drive.is_direct else [*command, "--buffered"],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                pass_fds=(theirs.fileno(), their_channel.fileno(), *{data_fd, lock_fd}),
+            )
+        except OSError:
+            ours.close()
+            channel.close()
+            raise
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            theirs.close()
+            their_channel.close()
+        with self._lock:
+            self._child, self._stream, self._channel = child, ours, channel
+
+    def _try_spawn(self) -> None:
+        try:
+            self._spawn()
+        except OSError as error:
+            self._health.reason = f"no I/O process: {error}"
+            log.error("no I/O process for %s: %s", self._drive.directory, error)
+
+    def _listen_forever(self) -> None:
+        pause_s = _RESTART_FIRST_S
+        while True:
+            begun_s = time.monotonic()
+            self._listen()
+            self._bury()
+            if self._closing.is_set():
+                return
+            if time.monotonic() - begun_s > _RESTART_MAX_S:
+                pause_s = _RESTART_FIRST_S
+            log.error("the I/O process of %s has ended; the next one starts in %.1f s", self._drive.directory, pause_s)
+            if self._closing.wait(pause_s):
+                return
+            pause_s = min(_RESTART_MAX_S, 2 * pause_s)
+            self._try_spawn()
+
+    def _listen(self) -> None:
+        """Hear the process out, until it ends."""
+        stream, channel = self._stream, self._channel
+        if stream is None or channel is None:
+            return
+        frames = Frames()
+        poll = select.poll()
+        poll.register(self._wake_fd, select.POLLIN)
+        while True:
+            poll.register(stream, select.POLLIN | (select.POLLOUT if self._unsent else 0))
+            if self._unsent_memory:
+                poll.register(channel, select.POLLOUT)
+            else:
+                with contextlib.suppress(KeyError):
+                    poll.unregister(channel)
+            for fd, _ in poll.poll():
+                if fd == self._wake_fd:
+                    os.eventfd_read(self._wake_fd)
+            self._send_left(stream, channel)
+            try:
+                alive = frames.receive(stream)
+            except OSError:
+                return
+            for message in frames.messages():
+                self._hear(message)
+            if not alive:
+                return
+
+    def _send_left(self, stream: socket.socket, channel: socket.socket) -> None:
+        with self._lock, contextlib.suppress(OSError):
+            while self._unsent_memory:
+                number, size_bytes, fd = self._unsent_memory[0]
+                send_memory(channel, number, size_bytes, fd)
+                os.close(self._unsent_memory.popleft()[2])
+            if self._unsent:
+                del self._unsent[: stream.send(self._unsent, socket.MSG_DONTWAIT)]
+
+    def _hear(self, message: list[Any]) -> None:
+        state = State.unpacked(message[-1])
+        for cause, blocks in state.errors.items():
+            self._errors.add(cause, blocks)
+        for reason in state.failures:
+            self._health.failed(reason)
+        if message[0] == Kind.DONE or state.loads.sum_s != self._state.loads.sum_s:
+            self._progress_s = time.monotonic()
+        self._state = state
+        if message[0] == Kind.DONE:
+            _, part_id, statuses, checksums, _ = message
+            with self._lock:
+                part = self._parts.pop(part_id)
+            settle(part, statuses, checksums)
+            self._end(part)
+
+    def _end(self, part: Part) -> None:
+        with self._lock:
+            self._count(part, -1)
+        self._tell(part)
+
+    def _tell(self, part: Part) -> None:
+        (self._written if _writes(part) else self._loaded)(part)
+
+    def _bury(self) -> None:
+        """Wait until the process is gone, then end what it had under way."""
+        child, stream, channel = self._child, self._stream, self._channel
+        if child is None or stream is None or channel is None:
+            return
+        closing = self._closing.is_set()
+        if not closing:
+            child.kill()
+        while child.poll() is None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(_LOOK_S)
+        with self._lock:
+            parts, self._parts = list(self._parts.values()), {}
+            self._unsent.clear()
+            self._known.clear()
+            while self._unsent_memory:
+                os.close(self._unsent_memory.popleft()[2])
+            self._before = State(
+                loads=added([self._before.loads, self._state.loads]),
+                writes=added([self._before.writes, self._state.writes]),
+            )
+            self._state = State()
+            self._child = self._stream = self._channel = None
+        stream.close()
+        channel.close()
+        lost = 0
+        for part in parts:
+            _set_all(part, IoStatus.CANCELLED if closing else IoStatus.IO_ERROR)
+            lost += len(part.blocks)
+            self._end(part)
+        if lost and not closing:
+            self._errors.add("io_process_ended", lost)
+
+
+def _writes(part: Part) -> bool:
+    return isinstance(part.work.job, WriteJob)
+
+
+def _set_all(part: Part, status: IoStatus) -> None:
+    for block in part.blocks:
+        part.work.statuses[block] = status
