@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from itertools import count, cycle
 from pathlib import Path
+from statistics import median
 from typing import Any, Self
 
 from forebay.bench.bandwidth import Bandwidth, write_bandwidth
@@ -22,7 +23,7 @@ from forebay.bench.figures import GIB, MIB, Figure
 from forebay.bench.fio import Direction, Fio, Rate
 from forebay.bench.footprint import cpu_s
 from forebay.bench.plan import Plan, pinned
-from forebay.bench.processes import BenchError, Daemon, wait_until
+from forebay.bench.processes import BenchError, Daemon, pause, wait_until
 from forebay.bench.timing import Pair, Series, by_turns, take_latency
 from forebay.client import Client
 
@@ -32,6 +33,8 @@ SLAB_BYTES = 64 * MIB
 CHAINS = 8
 SETTLE_S = 0.3
 FILL_S = 60.0
+_WARM_S = 0.015
+_WARM_TRIES = 200
 _NOTHING = Series(())
 
 LARGE, SMALL = PLAIN[0], PLAIN[2]
@@ -59,7 +62,7 @@ def large(plan: Plan) -> Iterator[Figure]:
         yield rig.ratio(LARGE_NAMES[2], write)
         yield rig.cpu(CPU_NAMES[1])
         if plan.told is not None:
-            reached = [1e9 / pair.measured.best_s for pair in (read, write)]
+            reached = [1e9 * median(pair.measured.scaled(_rate)) for pair in (read, write)]
             bandwidth = Bandwidth.of(reached[0], reached[1], block_bytes=LARGE.block_bytes, queue_depth=DEPTH)
             write_bandwidth(plan.told, bandwidth)
 
@@ -110,14 +113,19 @@ class ColdChains:
             raise BenchError(f"{result.blocks} of {len(hashes)} blocks were fetched: {result.reason}")
         return took
 
-    def use_next(self) -> int:
-        """Fetch the next chain; what is missing of it is stored again, for the drive. Returns the bytes fetched."""
-        hashes = next(self._turns)
-        found = self._client.fetch(self.namespace, hashes, self.pool.table, self.pool.block_ids)
-        if found.blocks < len(hashes):
-            self._client.store(self.namespace, hashes, self.pool.table, self.pool.block_ids)
-            self._client.persist(self.namespace, hashes)
-        return found.bytes
+    def warm_next(self) -> int:
+        """Prefetch the next chain, as soon as there is room for it; returns the bytes asked for.
+
+        No copy is made: what saturates a drive for others to feel it should take no core of theirs.
+        """
+        hashes, coming = next(self._turns), 0
+        for _ in range(_WARM_TRIES):
+            answer = self._client.prefetch(self.namespace, hashes)
+            coming = answer.resident + answer.promised
+            if coming == len(hashes):
+                break
+            pause(_WARM_S)
+        return coming * self.pool.layout.block_bytes
 
 
 class _Rig:
@@ -164,28 +172,30 @@ class _Rig:
         return self._by_turns("write", lambda: self._storm(seconds), repetitions)
 
     def ratio(self, name: str, pair: Pair) -> Figure:
-        measured = 1 / pair.measured.best_s
+        measured = median(pair.measured.scaled(_rate))
         if self._fio is None:
             note = f"not measured: {self._no_fio}; forebay reached {measured:.2f} GB/s"
             return Figure(name, None, "x fio", note=note)
-        bound = 1 / pair.bound.best_s
+        bound, ratio = median(pair.bound.scaled(_rate)), pair.typical_rate_ratio
         samples = {"measured_gb_per_s": pair.measured.scaled(_rate), "bound_gb_per_s": pair.bound.scaled(_rate)}
-        note = f"{measured:.2f} GB/s, fio {bound:.2f} GB/s ({self._fio.describe()})"
-        return Figure(name, pair.rate_ratio, "x fio", bound, pair.rate_ratio, samples, note)
+        note = f"{measured:.2f} GB/s, fio {bound:.2f} GB/s ({self._fio.describe()}); medians, ratio turn by turn"
+        return Figure(name, ratio, "x fio", bound, ratio, samples, note)
 
     def cpu(self, name: str) -> Figure:
         """The daemon's CPU time in what `fetches` or `writes` has just measured, preparation left out."""
         value = self._daemon_cpu_s / self._moved_gb
         bound = min((rate.cpu_s_per_gb for rate in self._bounds), default=None)
-        note = "CPU seconds of the daemon, all threads; bound: fio"
+        note = "CPU seconds of the daemon and its I/O process; bound: fio"
         return Figure(name, value, "s/GB", bound, value / bound if bound else None, note=note)
 
     def _start_fio(self, pages: str) -> tuple[Fio | None, str]:
         self._plan.progress("fio")
         try:
-            return Fio(self._plan.on_drive, self._nvme_bytes, pages), ""
+            fio = Fio(self._plan.on_drive, self._nvme_bytes, pages)
         except BenchError as error:
             return None, str(error)
+        self._used.callback(fio.close)
+        return fio, ""
 
     def _by_turns(self, direction: Direction, measured: Any, repetitions: int) -> Pair:
         self._daemon_cpu_s = self._moved_gb = 0.0
@@ -201,20 +211,20 @@ class _Rig:
         return 1e9 / rate.bytes_per_s
 
     def _fetch_all(self) -> float:
-        used = cpu_s(self._daemon.pid)
+        used = cpu_s(*self._daemon.pids)
         seconds = sum(self._cold.fetch_next() for _ in range(CHAINS))
         return self._note(used, CHAINS * self._cold.pool.total_bytes, seconds)
 
     def _storm(self, seconds: float) -> float:
         self._store_for(SETTLE_S)
-        used, before, begun = cpu_s(self._daemon.pid), self._durable_bytes(), time.perf_counter()
+        used, before, begun = cpu_s(*self._daemon.pids), self._durable_bytes(), time.perf_counter()
         self._store_for(seconds)
         return self._note(used, self._durable_bytes() - before, time.perf_counter() - begun)
 
     def _note(self, used_s: float, moved_bytes: int, seconds: float) -> float:
         if not moved_bytes:
             raise BenchError("nothing was moved")
-        self._daemon_cpu_s += cpu_s(self._daemon.pid) - used_s
+        self._daemon_cpu_s += cpu_s(*self._daemon.pids) - used_s
         self._moved_gb += moved_bytes / 1e9
         return seconds / moved_bytes * 1e9
 

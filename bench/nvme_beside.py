@@ -1,17 +1,22 @@
-"""Host memory beside a busy drive: lookups and fetches of resident blocks while others keep the nvme tier saturated.
+"""Host memory beside a busy drive: lookups and fetches of resident blocks while the nvme tier is saturated.
 
-One process fetches blocks from the drive and another stores new ones, both without a pause. What is measured is what
-that does to somebody whose blocks are in memory: the 99th percentile of his calls, over the same when all is quiet.
+One process prefetches blocks from the drive without a pause, another stores new ones as fast as they become durable.
+What is measured is what that does to somebody whose blocks are in memory: the 99th percentile of his calls, over the
+same when all is quiet. The bound is the same with fio at the drive instead: what any reader of it costs its neighbours
+on these cores. Nobody is pinned: the kernel places daemon, caller and the others, as it does in service.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import closing, contextmanager
 
+from forebay.bench.bounds import pages_of
 from forebay.bench.engine_memory import INDEX, PLAIN, Layout, Pool, chain
 from forebay.bench.figures import GIB, MIB, Figure
-from forebay.bench.nvme import LARGE, nvme_settings
+from forebay.bench.fio import Fio
+from forebay.bench.nvme import DEPTH, LARGE, nvme_settings
 from forebay.bench.plan import Plan, pinned
 from forebay.bench.processes import BenchError, Daemon, Worker, pause
 from forebay.bench.timing import each, percentile
@@ -21,48 +26,74 @@ NAME = "host_p99_under_nvme_ratio"
 LOOKUP_BLOCKS = 1000
 FETCH_BLOCKS = 16
 FETCH_LAYOUT = PLAIN[2]
-COLD_BYTES = 128 * MIB
-COLD_CHAINS = 8
+COLD_BYTES = 32 * MIB
+COLD_CHAINS = 32
+STORED_BYTES = 16 * MIB
+CALLS = 2000
 PACE_S = 0.001
 """Between two calls: without it, caller and daemon would leave nothing of their core to the kernel's own block I/O."""
 _PERCENTS = (50, 90, 95, 99, 99.9, 100)
 
-
-@dataclass(frozen=True, slots=True)
-class _Quiet:
-    """A call and how long it takes when nobody else does anything."""
-
-    call: Callable[[], None]
-    seconds: list[float]
+Call = Callable[[], None]
+Times = dict[str, list[float]]
 
 
 def host(plan: Plan) -> Iterator[Figure]:
     """The worse of lookups and fetches."""
     settings = nvme_settings(plan.on_drive / "beside", 8 * GIB)
-    daemon = Daemon(plan.directory / "beside", 512 * MIB, cores=plan.cores.daemon, settings=settings)
-    calls = plan.pick(2000, 6000)
-    with daemon.populated(), pinned(plan.cores.busy_client), daemon.client() as client:
+    daemon = Daemon(plan.directory / "beside", 512 * MIB, cores=plan.cores.free, settings=settings)
+    with daemon.populated(), pinned(plan.cores.free), daemon.client() as client:
         plan.progress("host memory beside a busy drive")
         work = {"lookup": _looker(client), "fetch": _fetcher(client)}
-        loader, storer = (Worker(number, daemon, plan.cores.others) for number in range(2))
+        quiet, beside_fio, busy = (Times({name: [] for name in work}) for _ in range(3))
+        workers = [Worker(number, daemon, plan.cores.free) for number in range(2)]
         try:
-            loader.ask("attach", layout=LARGE.name, total_bytes=COLD_BYTES)
-            loader.ask("cold", layout=LARGE.name, chain_bytes=COLD_BYTES, chains=COLD_CHAINS)
-            storer.ask("attach", layout=LARGE.name, total_bytes=COLD_BYTES)
-            quiet = {name: _Quiet(call, _paced(call, calls)) for name, call in work.items()}
-            loader.tell("load")
-            storer.tell("pour")
-            for known in quiet.values():
-                _paced(known.call, calls // 10)
-            busy = {name: _paced(known.call, calls) for name, known in quiet.items()}
-            moved = []
-            for worker in (loader, storer):
-                worker.tell("stop")
-                moved.append(worker.hear()["bytes"])
+            workers[1].ask("attach", layout=LARGE.name, total_bytes=STORED_BYTES)
+            workers[0].ask("cold", layout=LARGE.name, chain_bytes=COLD_BYTES, chains=COLD_CHAINS)
+            before = _moved(client)
+            took_s = 0.0
+            for _ in range(plan.pick(1, 3)):
+                _measure(work, quiet)
+                with _fio(plan, client):
+                    _measure(work, beside_fio)
+                before, took_s = _moved(client), -time.monotonic()
+                for worker, order in zip(workers, ("warm", "keep")):
+                    worker.tell(order)
+                _measure(work, busy)
+                for worker in workers:
+                    worker.tell("stop")
+                    worker.hear()
+                took_s += time.monotonic()
+            rates = [(after - at) / took_s / 1e9 for at, after in zip(before, _moved(client))]
         finally:
-            loader.stop()
-            storer.stop()
-    yield _worse(quiet, busy, moved)
+            for worker in workers:
+                worker.stop()
+    yield _worse(quiet, beside_fio, busy, rates)
+
+
+def _measure(work: dict[str, Call], times: Times) -> None:
+    """Calls enough for a 99th percentile, the first tenth thrown away."""
+    for name, call in work.items():
+        times[name] += _paced(call, CALLS + CALLS // 10)[CALLS // 10 :]
+
+
+@contextmanager
+def _fio(plan: Plan, client: Client) -> Iterator[None]:
+    """Random reads of the tier's block size and depth meanwhile; without fio nothing."""
+    try:
+        fio = Fio(plan.on_drive, 2 * GIB, pages_of(client.status()))
+    except BenchError:
+        yield
+        return
+    with closing(fio), fio.beside("read", LARGE.block_bytes, DEPTH, plan.directory / "fio.log") as process:
+        yield
+        process.check()
+
+
+def _moved(client: Client) -> tuple[int, int]:
+    """Bytes read from and written to the drive so far."""
+    detail = client.status()["nvme"]
+    return detail["read_bytes"], detail["written_bytes"]
 
 
 def _paced(call: Callable[[], None], calls: int) -> list[float]:
@@ -74,17 +105,17 @@ def _paced(call: Callable[[], None], calls: int) -> list[float]:
     return taken
 
 
-def _worse(quiet: dict[str, _Quiet], busy: dict[str, list[float]], moved: list[int]) -> Figure:
-    told, ratios, samples = [], {}, {}
-    for name, known in quiet.items():
-        before, beside = percentile(known.seconds, 99) * 1e3, percentile(busy[name], 99) * 1e3
-        ratios[name] = beside / before
-        told.append(f"{name} p99 {beside:.2f} ms, quiet {before:.2f} ms")
-        samples[f"{name}_ms_p50_90_95_99_999_max"] = [percentile(busy[name], each) * 1e3 for each in _PERCENTS]
-        samples[f"{name}_quiet_ms"] = [percentile(known.seconds, each) * 1e3 for each in _PERCENTS]
-    worst = max(ratios.values())
-    note = f"{'; '.join(told)}; meanwhile {moved[0] / GIB:.1f} GiB were loaded and {moved[1] / GIB:.1f} GiB stored"
-    return Figure(NAME, worst, "x quiet p99", ratio=worst, samples=samples, note=note)
+def _worse(quiet: Times, beside_fio: Times, busy: Times, rates: list[float]) -> Figure:
+    told, ratios, bounds, samples = [], {}, {}, {}
+    for name in quiet:
+        before, fio, beside = (percentile(times[name], 99) * 1e3 for times in (quiet, beside_fio, busy))
+        ratios[name], bounds[name] = beside / before, fio / before
+        told.append(f"{name} p99 {beside:.2f} ms, quiet {before:.2f} ms, beside fio {fio:.2f} ms")
+        for when, times in (("quiet", quiet), ("fio", beside_fio), ("busy", busy)):
+            samples[f"{name}_{when}_ms_p50_90_95_99_999_max"] = [percentile(times[name], at) * 1e3 for at in _PERCENTS]
+    worst = max(ratios, key=ratios.__getitem__)
+    note = f"{'; '.join(told)}; meanwhile {rates[0]:.2f} GB/s were read and {rates[1]:.2f} GB/s written"
+    return Figure(NAME, ratios[worst], "x quiet p99", bounds[worst], ratios[worst], samples, note)
 
 
 def _looker(client: Client) -> Callable[[], None]:

@@ -157,6 +157,11 @@ class Daemon(Process):
         self.started_s = time.monotonic()
         super().__init__("the daemon", command, directory / "daemon.log", cores=cores)
 
+    @property
+    def pids(self) -> list[int]:
+        """Its own and those of its children, which do the drives' I/O."""
+        return [self.pid, *map(int, Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split())]
+
     def ready(self, step_s: float = 0.002) -> Self:
         """Wait until it serves, looking every `step_s`."""
         wait_until(self._serves, START_S, "the daemon's start", step_s=step_s)

@@ -74,6 +74,11 @@ class Pair:
         """Best measured rate over best bound rate; 1 is the bound."""
         return self.bound.best_s / self.measured.best_s
 
+    @property
+    def typical_rate_ratio(self) -> float:
+        """Median over the turns of measured rate over bound rate: for a bound that itself moves from turn to turn."""
+        return median(bound.seconds / got.seconds for bound, got in zip(self.bound.samples, self.measured.samples))
+
     def note(self) -> str:
         """Which samples were not used."""
         rejected, total = self.measured.rejected + self.bound.rejected, 2 * len(self.measured.samples)

@@ -2,8 +2,8 @@
 
 `python -P -m forebay.bench.worker RUNTIME_DIR`. Orders: `attach`, `churn` (store and fetch until the next line),
 `run` (one thing over and over, from one given time to another), `present` (store blocks that are there already, out
-of memory that cannot be read), `cold` (make blocks that are on the drive only), `load` (fetch those) and `pour` (store
-new ones, both until the next line). It ends with its standard input.
+of memory that cannot be read), `cold` (make blocks that are on the drive only), `warm` (prefetch those) and `keep`
+(store new ones and wait until they are durable, both until the next line). It ends with its standard input.
 """
 
 from __future__ import annotations
@@ -50,18 +50,23 @@ class Worker:
         return {"bytes": self._until_told(lambda: self.store() + self._fetch(self._last))}
 
     def cold(self, layout: str, chain_bytes: int, chains: int) -> dict[str, Any]:
-        """Make the blocks that `load` fetches."""
+        """Make the blocks that `warm` asks for."""
         self._cold = ColdChains(self._client, BY_NAME[layout], chain_bytes, chains, str(os.getpid()))
         self._cold.write()
         return {}
 
-    def load(self) -> dict[str, Any]:
-        """Fetch them, one chain after the other, without a pause, until there is another line to read."""
-        return {"bytes": self._until_told(self._cold.use_next)}
+    def warm(self) -> dict[str, Any]:
+        """Ask for them ahead of need, chain after chain, so that the drive always has the next to read."""
+        return {"bytes": self._until_told(self._cold.warm_next)}
 
-    def pour(self) -> dict[str, Any]:
-        """Store new blocks without a pause, until there is another line to read."""
-        return {"bytes": self._until_told(self.store)}
+    def keep(self) -> dict[str, Any]:
+        """Store new blocks as fast as the drive takes them, until there is another line to read."""
+        return {"bytes": self._until_told(self._store_durably)}
+
+    def _store_durably(self) -> int:
+        moved = self.store()
+        self._client.persist(self._namespace, self._last)
+        return moved
 
     def _until_told(self, once: Callable[[], int]) -> int:
         moved = 0
@@ -136,8 +141,8 @@ def main(runtime_dir: str) -> None:
         "run": worker.run,
         "present": worker.present,
         "cold": worker.cold,
-        "load": worker.load,
-        "pour": worker.pour,
+        "warm": worker.warm,
+        "keep": worker.keep,
         "fill": worker.fill,
         "share": worker.share,
     }
