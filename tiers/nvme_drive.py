@@ -211,7 +211,8 @@ def open_drive(files: Files, directory: Path, *, slab_bytes: int, slabs: int) ->
     """Take the path's data file, making directory and file where there are none. Blocks for a few small writes.
 
     Raises Busy (another process has it), LayoutError (other sizes or version), Corrupt (not ours), Forbidden (a
-    directory others can write to), TierFull (no room for the file), OSError. Each message names the path.
+    directory that others can write to, or somebody else's), TierFull (no room for the file), OSError. Each message
+    names the path.
     """
     _prepare_directory(directory)
     fd, made = _open_or_create(files, directory / DATA_NAME)
@@ -236,6 +237,10 @@ def open_existing(files: Files, directory: Path) -> Drive:
 
 
 def _prepare_directory(directory: Path) -> None:
+    """Make the directory, or see to it that nobody but root and us can put something else in its place or into it.
+
+    A link is followed, so that the checks are of what it leads to; whose the link is counts as well.
+    """
     try:
         directory.mkdir(mode=DIRECTORY_MODE, parents=True)
         return
@@ -244,8 +249,12 @@ def _prepare_directory(directory: Path) -> None:
     found = directory.stat()
     if not stat.S_ISDIR(found.st_mode):
         raise Forbidden(f"{directory} is not a directory")
-    if found.st_uid not in (0, os.geteuid()) or found.st_mode & stat.S_IWOTH:
-        raise Forbidden(f"{directory} belongs to uid {found.st_uid} or can be written by everybody")
+    for uid in (directory.lstat().st_uid, found.st_uid):
+        if uid not in (0, os.geteuid()):
+            raise Forbidden(f"{directory}, or what it is a link to, belongs to uid {uid}, not to the daemon's user")
+    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        mode = stat.S_IMODE(found.st_mode)
+        raise Forbidden(f"{directory} has mode {mode:04o} and can be written by others: take that away, chmod go-w")
 
 
 def _open_or_create(files: Files, path: Path) -> tuple[int, bool]:

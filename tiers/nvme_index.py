@@ -213,6 +213,10 @@ class Batch:
         return kept
 
 
+class SyncFailed(OSError):
+    """The data file could not be synced: the drive's own fault, and not the index's."""
+
+
 class Committer:
     """The thread that makes written blocks durable. Everything may be called from any thread and returns at once."""
 
@@ -391,9 +395,9 @@ class Committer:
         if batch.slabs or batch.written_blocks:
             try:
                 self._drive.sync()
-            except OSError:
+            except OSError as error:
                 self._health.sync_failures += 1
-                raise
+                raise SyncFailed(error.errno, error.strerror or str(error)) from error
 
     def _apply(self, batch: Batch) -> None:
         if self._index is None:
@@ -412,7 +416,8 @@ class Committer:
         self._kept = batch.unsaid()
         self._lost_adopted |= bool(any(batch.adopted.values()) or batch.adopted_slabs or batch.whole)
         if batch.written_blocks:
-            self._errors.add(f"index_{status.name.lower()}", batch.written_blocks)
+            step = "sync" if isinstance(error, SyncFailed) else "index"
+            self._errors.add(f"{step}_{status.name.lower()}", batch.written_blocks)
             self._health.failed(self.reason)
         for part in batch.parts:
             part.fail(status)

@@ -96,7 +96,7 @@ def _only_on_the_drive(daemon: NvmeDaemon, ledger: Ledger, numbers: Sequence[int
     [
         (WRITES, "blocks.dat", "EIO", "write_io_error"),
         (WRITES, "blocks.dat", "ENOSPC", "write_no_space"),
-        (SYNCS, "blocks.dat", "EIO", "index_io_error"),
+        (SYNCS, "blocks.dat", "EIO", "sync_io_error"),
         (INDEX_WRITES, "index/data.mdb", "EIO", "index_io_error"),
     ],
     ids=["write EIO", "write ENOSPC", "sync EIO", "index EIO"],

@@ -152,7 +152,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     "longer": (_is_longer, "bytes, and its header says"),
     "folder": (_is_a_folder, "directory"),
     "link": (_is_a_link, "symbolic link"),
-    "writable_by_all": (_is_open_to_all, "written by everybody"),
+    "writable_by_all": (_is_open_to_all, "can be written by others"),
 }
 
 

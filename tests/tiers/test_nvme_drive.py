@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -200,10 +201,33 @@ def test_moved_path_is_the_same_drive(made: Path, tmp_path: Path) -> None:
     drive.close()
 
 
-def test_directory_that_others_can_write_to_is_refused(path: Path) -> None:
+@pytest.mark.parametrize("mode", [0o770, 0o702, 0o775])
+@pytest.mark.parametrize("linked", [False, True])
+def test_directory_that_others_can_write_to_is_refused(path: Path, tmp_path: Path, mode: int, linked: bool) -> None:
+    """By itself, or at the end of a link."""
     path.mkdir()
-    path.chmod(0o777)
-    with pytest.raises(Forbidden, match="written by everybody"):
+    path.chmod(mode)
+    given = tmp_path / "given"
+    given.symlink_to(path)
+    with pytest.raises(Forbidden, match=f"{given if linked else path} has mode 0{mode:o} and can be written by others"):
+        take(given if linked else path)
+    path.chmod(0o755)
+    take(given if linked else path).close()
+
+
+@pytest.mark.parametrize("whose", ["the directory", "the link to it"])
+def test_directory_or_link_of_another_user_is_refused(path: Path, monkeypatch: pytest.MonkeyPatch, whose: str) -> None:
+    """Who owns the link can make it lead elsewhere."""
+    path.mkdir(mode=0o700)
+    real = Path.stat
+
+    def tampered(found: Path, *, follow_symlinks: bool = True) -> os.stat_result:
+        fields = list(real(found, follow_symlinks=follow_symlinks))
+        fields[stat.ST_UID] += (os.geteuid() + 1) * (follow_symlinks == (whose == "the directory"))
+        return os.stat_result(fields)
+
+    monkeypatch.setattr(Path, "stat", tampered)
+    with pytest.raises(Forbidden, match="or what it is a link to, belongs to uid"):
         take(path)
 
 

@@ -143,6 +143,17 @@ def test_failed_sync_loses_the_batch_and_what_was_written_beside_it(rig: Rig) ->
     assert rig.errors() == {}
 
 
+def test_failed_sync_of_the_data_file_is_a_cause_of_its_own(rig: Rig) -> None:
+    """The drive is what failed, and not the index."""
+    rig.files.syncs = [EIO]
+    assert rig.write([20, 21]) == [IoStatus.IO_ERROR] * 2
+    assert rig.errors() == {"sync_io_error": 2}
+    rig.files.syncs = [OSError(errno.ENOSPC, "No space left on device")]
+    assert rig.write([20]) == [IoStatus.NO_SPACE]
+    assert rig.errors() == {"sync_io_error": 2, "sync_no_space": 1}
+    assert rig.write([20]) == [OK]
+
+
 def test_slab_whose_assignment_failed_is_assigned_by_the_next_batch(rig: Rig, tmp_path: Path) -> None:
     rig.files.syncs = [EIO]
     rig.assign(1)
