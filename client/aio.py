@@ -163,20 +163,27 @@ class AsyncClient:
         block_ids: Iterable[int] | None = None,
         *,
         ttl_ms: int = 0,
+        deadline_ms: float = core.FETCH_DEADLINE_MS,
     ) -> FetchResult:
         """Copy the leading stored blocks into the engine's memory; only `result.blocks` of them are right.
 
         Args:
             destination: a writable SegmentTable, or an array, tensor or list of them with blocks on axis 0.
             block_ids: where in it each block goes; None: 0, 1, 2, ...
+            ttl_ms: how long the blocks are kept from being evicted; 0: the daemon's time to live.
+            deadline_ms: how long blocks are waited for altogether, however steadily they come; 0: only those that
+                are in memory are copied.
         Raises:
             LayoutError, BadRequest: the memory, the ids or the hashes do not fit the namespace.
         Blocking: one round trip and the copy; blocks of slower tiers are copied as they are read into memory, and the
-        fetch ends when none has come for `timeout_ms`.
+        fetch ends, with what has come, when none has come for `timeout_ms` or when `deadline_ms` have passed.
         """
         work = core.transfer(ns, hashes, destination, block_ids, writable=True)
         strict, verify = self.options.strict, self.options.verify == "load"
-        tried = await self._try(lambda attachment: core.fetch(attachment, work, ttl_ms, strict=strict, verify=verify))
+        until_s = time.monotonic() + deadline_ms / 1000
+        tried = await self._try(
+            lambda attachment: core.fetch(attachment, work, ttl_ms, until_s, strict=strict, verify=verify)
+        )
         if tried.value is None:
             return FetchResult(reason=reason_of(tried.error or PeerLost()))
         self._counters.fetched(tried.value)

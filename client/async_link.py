@@ -190,11 +190,14 @@ class AsyncLink:
             return await _to_the_end(action.call)
         return self.post(action.request)
 
-    async def _await(self, action: Await) -> Progress:
+    async def _await(self, action: Await) -> Progress | None:
         loads, lease = self.attachment.loads, action.lease
         wait_s = self._timeout_s if action.timeout_s is None else action.timeout_s
-        progress = await self._watch(lambda: loads.news(lease, action.ready), wait_s)
-        return loads.progress(lease) if progress is None else progress
+        left_s = float("inf") if action.until_s is None else action.until_s - time.monotonic()
+        if left_s <= 0:
+            return None
+        progress = await self._watch(lambda: loads.news(lease, action.ready), min(wait_s, left_s))
+        return loads.progress(lease) if progress is None and wait_s <= left_s else progress
 
     async def _watch(self, news: Callable[[], T | None], wait_s: float) -> T | None:
         """Wait until notices make `news` say something; None when the time passes first.

@@ -79,6 +79,9 @@ BATCH_BYTES = 256 << 20
 BATCH_BLOCKS = 256
 """A store reserves at most this much at a time, so that a long one neither hoards slots nor starves others."""
 
+FETCH_DEADLINE_MS = 30_000.0
+"""How long a fetch takes at most, unless it says otherwise: as long as a lease lives by default."""
+
 PERSIST_PAUSE_S = 0.002
 PERSIST_PAUSE_MAX_S = 0.25
 """Pauses between two questions whether blocks are durable; each is twice as long as the one before."""
@@ -137,12 +140,14 @@ class CopyAhead:
 class Await:
     """Wait until more than `ready` blocks of a lease are ready, or nothing more will come; the result is its Progress.
 
-    After `timeout_s` (None: the client's time-out) the result is how far it is all the same.
+    After `timeout_s` (None: the client's time-out) the result is how far it is all the same. From `until_s`
+    (time.monotonic) on it is None, whatever has come by then.
     """
 
     lease: int
     ready: int
     timeout_s: float | None = None
+    until_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -474,13 +479,14 @@ def more_ready(lease: int, ready: int, timeout_s: float | None) -> Steps[Progres
 
 
 def fetch(
-    attachment: Attachment, work: Transfer, ttl_ms: int, *, strict: bool, verify: bool = False
+    attachment: Attachment, work: Transfer, ttl_ms: int, until_s: float, *, strict: bool, verify: bool = False
 ) -> Steps[FetchResult]:
     """Acquire, copy, check, release. Unless `strict`, an error ends the run and what was verified counts.
 
-    With `verify` the bytes that arrived are compared with the blocks' checksums, where those are known.
+    From `until_s` (time.monotonic) on no block is waited for. With `verify` the bytes that arrived are compared with
+    the blocks' checksums, where those are known.
     """
-    loading = _Fetch(attachment, work, ttl_ms, verify=verify)
+    loading = _Fetch(attachment, work, ttl_ms, until_s, verify=verify)
     try:
         reason = yield from loading.run()
     except ForebayError as error:
@@ -497,11 +503,12 @@ class _Fetch:
         loaded: leading blocks that are right.
     """
 
-    def __init__(self, attachment: Attachment, work: Transfer, ttl_ms: int, *, verify: bool) -> None:
+    def __init__(self, attachment: Attachment, work: Transfer, ttl_ms: int, until_s: float, *, verify: bool) -> None:
         self.loaded = 0
         self._attachment = attachment
         self._work = work
         self._ttl_ms = ttl_ms
+        self._until_s = until_s
         self._verify = verify
 
     def run(self) -> Steps[str]:
@@ -538,7 +545,10 @@ class _Fetch:
                     return blocks, reason
             if progress.ended or last == len(held.places):
                 return blocks, "" if blocks == progress.total else "stale"
-            progress = yield Await(held.lease, progress.ready)
+            told: Progress | None = yield Await(held.lease, progress.ready, until_s=self._until_s)
+            if told is None:
+                return blocks, "deadline"
+            progress = told
             if progress.ready <= blocks and not progress.ended:
                 return blocks, "timeout"
 

@@ -244,11 +244,14 @@ class Link:
             return action.call()
         return self.post(action.request)
 
-    def _await(self, action: Await) -> Progress:
+    def _await(self, action: Await) -> Progress | None:
         loads, lease = self.attachment.loads, action.lease
-        wait_s = self._timeout_s if action.timeout_s is None else action.timeout_s
-        progress = self._watch(lambda: loads.news(lease, action.ready), time.monotonic() + wait_s)
-        return loads.progress(lease) if progress is None else progress
+        now, until_s = time.monotonic(), float("inf") if action.until_s is None else action.until_s
+        if now >= until_s:
+            return None
+        deadline = now + (self._timeout_s if action.timeout_s is None else action.timeout_s)
+        progress = self._watch(lambda: loads.news(lease, action.ready), min(deadline, until_s))
+        return loads.progress(lease) if progress is None and deadline <= until_s else progress
 
     def _watch(self, news: Callable[[], T | None], deadline: float) -> T | None:
         """Wait until notices make `news` say something; None when the deadline passes first.

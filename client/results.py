@@ -65,7 +65,8 @@ class FetchResult:
         bytes: bytes of those.
         reason: empty when all blocks asked were loaded, else why not: ``miss`` (not stored), ``stale`` (they were
             given away during the copy), ``failed`` (the copy), ``corrupt`` (a checksum differs), ``timeout`` (the next
-            blocks were not read into memory in time), or the snake-case name of an error.
+            blocks were not read into memory in time), ``deadline`` (all of them were not), or the snake-case name of an
+            error.
     """
 
     blocks: int = 0

@@ -540,6 +540,30 @@ def test_a_load_that_stalls_ends_the_fetch_with_what_was_verified(make_shell: Ma
     assert shell.lookup(ns, chain()).blocks == BLOCKS
 
 
+def test_a_fetch_ends_at_its_deadline_with_what_was_verified(make_shell: MakeShell, fake: FakeDaemon) -> None:
+    """Long before `timeout_ms` without a block have passed."""
+    shell, ns = held_back(make_shell, fake, 4, strict=True, timeout_ms=60_000.0)
+    target = paged(seed=None)
+    assert shell.fetch(ns, chain(), table(target), deadline_ms=100.0) == FetchResult(4, 4 * 6000, "deadline")
+    assert np.array_equal(target[:, :4], paged()[:, :4])
+    eventually(lambda: fake.held() == (0, 0), "nothing is held any more")
+    stats = shell.stats()
+    assert (stats.breaker, stats.attached, stats.unavailable, stats.errors["deadline"]) == ("closed", True, 0, 1)
+
+
+def test_a_load_that_trickles_does_not_make_a_fetch_longer_than_its_deadline(
+    make_shell: MakeShell, fake: FakeDaemon
+) -> None:
+    """Each wait finds something new, so none of them times out."""
+    copier = TamperingCopier()
+    shell, ns = held_back(make_shell, fake, 4, strict=True, copier=copier)
+    landed = iter(range(5, BLOCKS + 1))
+    copier.meanwhile = lambda: fake.land(next(landed), None)
+    assert shell.fetch(ns, chain(), table(paged(seed=None)), deadline_ms=0) == FetchResult(4, 4 * 6000, "deadline")
+    assert copier.copies == 2  # the store was one
+    eventually(lambda: fake.held() == (0, 0), "nothing is held any more")
+
+
 def test_a_daemon_that_dies_during_a_load_ends_the_fetch_at_once(make_shell: MakeShell, fake: FakeDaemon) -> None:
     copier = TamperingCopier()
     shell, ns = held_back(make_shell, fake, 4, timeout_ms=60_000.0, copier=copier)

@@ -24,6 +24,7 @@ SPEC = NamespaceSpec(model="m", revision="1", dtype="uint8", block_tokens=4, seg
 NS = Namespace.of(SPEC)
 HASHES = NS.hasher.hashes(range(4 * 6))
 SLOTS = 4
+LATE_S = float("inf")
 
 
 class Script:
@@ -37,8 +38,8 @@ class Script:
         self.slabs = {serial: mapping() for serial in range(3)}
         self.actions: list[core.Action] = []
         self.on_copy: Callable[[core.Copy], Any] = lambda copy: ()
-        self.told: list[Ready | Exception | None] = []
-        """What each Await finds out; None: nothing in time."""
+        self.told: list[Ready | Exception | str | None] = []
+        """What each Await finds out; None: nothing in time; a word: the deadline has passed."""
         self.standing = True
 
     def run(self, steps: core.Steps[Any]) -> Any:
@@ -76,7 +77,7 @@ class Script:
             self.attachment.loads.end(action.request.lease)
         return self.standing
 
-    def await_(self, action: core.Await) -> Progress:
+    def await_(self, action: core.Await) -> Progress | None:
         """Tell one notice after the other until one is news, as a link does."""
         loads = self.attachment.loads
         while (progress := loads.news(action.lease, action.ready)) is None:
@@ -85,6 +86,8 @@ class Script:
                 raise told
             if told is None:
                 return loads.progress(action.lease)
+            if isinstance(told, str):
+                return None
             self.attachment.take(told)
         return progress
 
@@ -130,11 +133,11 @@ def script() -> Script:
 
 def test_a_fetch_asks_maps_copies_and_releases(script: Script) -> None:
     script.replies[m.AcquireRequest] = lease(1, 2, 9)
-    result = script.run(core.fetch(script.attachment, work(HASHES[:3]), 0, strict=True))
+    result = script.run(core.fetch(script.attachment, work(HASHES[:3]), 0, LATE_S, strict=True))
     assert result == FetchResult(3, 3 * 4096, "")
     assert script.sent() == ["OpenNamespace", "Acquire", "map", "map", "copy 3", "post Release"]
     script.actions.clear()
-    script.run(core.fetch(script.attachment, work(HASHES[:3]), 0, strict=True))
+    script.run(core.fetch(script.attachment, work(HASHES[:3]), 0, LATE_S, strict=True))
     assert script.sent() == ["Acquire", "copy 3", "post Release"]
 
 
@@ -143,7 +146,7 @@ def test_a_plan_names_the_slots_addresses(script: Script) -> None:
     plans = []
     script.on_copy = lambda copy: plans.append(copy.plan) or ()
     transfer = core.transfer(NS, HASHES[:3], np.zeros((9, 4096), np.uint8), [8, 1, 5], writable=True)
-    script.run(core.fetch(script.attachment, transfer, 0, strict=True))
+    script.run(core.fetch(script.attachment, transfer, 0, LATE_S, strict=True))
     zero, two = script.slabs[0].address, script.slabs[2].address
     assert plans[0].addresses.tolist() == [zero + 2 * 4096, two + 4096, zero]
     assert plans[0].block_ids.tolist() == [8, 1, 5]
@@ -157,7 +160,7 @@ def test_a_generation_that_moved_during_the_copy_is_stale(script: Script) -> Non
         return ()
 
     script.on_copy = tamper
-    result = script.run(core.fetch(script.attachment, work(HASHES[:3]), 0, strict=True))
+    result = script.run(core.fetch(script.attachment, work(HASHES[:3]), 0, LATE_S, strict=True))
     assert result == FetchResult(1, 4096, "stale")
     assert script.sent()[-1] == "post Release"
 
@@ -165,7 +168,7 @@ def test_a_generation_that_moved_during_the_copy_is_stale(script: Script) -> Non
 def test_a_daemon_that_died_during_the_copy_makes_it_a_miss(script: Script) -> None:
     script.replies[m.AcquireRequest] = lease(0, 1)
     script.standing = False
-    result = script.run(core.fetch(script.attachment, work(HASHES[:2]), 0, strict=False))
+    result = script.run(core.fetch(script.attachment, work(HASHES[:2]), 0, LATE_S, strict=False))
     assert result == FetchResult(0, 0, "peer_lost")
 
 
@@ -177,7 +180,7 @@ def test_the_lease_is_released_when_the_copy_raises(script: Script) -> None:
 
     script.on_copy = explode
     with pytest.raises(MemoryError):
-        script.run(core.fetch(script.attachment, work(HASHES[:1]), 0, strict=False))
+        script.run(core.fetch(script.attachment, work(HASHES[:1]), 0, LATE_S, strict=False))
     assert script.sent()[-1] == "post Release"
 
 
@@ -185,7 +188,7 @@ def test_a_slot_outside_its_slab_is_never_touched(script: Script) -> None:
     script.slabs[0] = SlabMapping.of(np.zeros(2 * 4096, np.uint8), np.ones(2, np.uint64), 4096, writable=True)
     script.replies[m.AcquireRequest] = lease(0, 3)
     with pytest.raises(Corrupt, match="outside"):
-        script.run(core.fetch(script.attachment, work(HASHES[:2]), 0, strict=True))
+        script.run(core.fetch(script.attachment, work(HASHES[:2]), 0, LATE_S, strict=True))
     assert script.sent()[-1] == "post Release"
     assert "copy" not in [type(action).__name__.lower() for action in script.actions]
 
@@ -193,7 +196,7 @@ def test_a_slot_outside_its_slab_is_never_touched(script: Script) -> None:
 def test_replies_that_make_no_sense_are_errors_not_copies(script: Script) -> None:
     script.replies[m.AcquireRequest] = lease(0, 1)
     with pytest.raises(Internal, match="more blocks"):
-        script.run(core.fetch(script.attachment, work(HASHES[:1]), 0, strict=True))
+        script.run(core.fetch(script.attachment, work(HASHES[:1]), 0, LATE_S, strict=True))
     assert script.sent()[-1] == "post Release"
     script.replies[m.ReserveRequest] = m.ReserveReply(8, bytes([0, 0]), *slots(0))
     with pytest.raises(Internal, match="does not fit"):
@@ -207,7 +210,9 @@ def test_replies_that_make_no_sense_are_errors_not_copies(script: Script) -> Non
 def test_a_mapping_of_another_slot_size_is_not_used(script: Script) -> None:
     script.slabs[0] = mapping(slot_bytes=8192)
     script.replies[m.AcquireRequest] = lease(0)
-    assert script.run(core.fetch(script.attachment, work(HASHES[:1]), 0, strict=True)) == FetchResult(0, 0, "stale")
+    assert script.run(core.fetch(script.attachment, work(HASHES[:1]), 0, LATE_S, strict=True)) == FetchResult(
+        0, 0, "stale"
+    )
     assert "copy" not in [type(action).__name__.lower() for action in script.actions]
 
 
@@ -371,7 +376,7 @@ def test_a_late_grant_is_undone() -> None:
 def test_what_is_ready_is_copied_while_the_rest_is_read(script: Script) -> None:
     script.replies[m.AcquireRequest] = lease(0, 1, 2, 3, 4, 5, ready=2)
     script.told = [Ready(7, 3, 6), Ready(7, 6, 6)]
-    result = script.run(core.fetch(script.attachment, work(HASHES), 0, strict=True))
+    result = script.run(core.fetch(script.attachment, work(HASHES), 0, LATE_S, strict=True))
     assert result == FetchResult(6, 6 * 4096, "")
     ranges = ["copy 2", "await", "copy 1", "await", "copy 3"]
     assert script.sent() == ["OpenNamespace", "Acquire", "map", "map", *ranges, "post Release"]
@@ -384,7 +389,7 @@ def test_ranges_go_to_the_blocks_and_come_from_the_slots_of_their_own(script: Sc
     plans: list[Any] = []
     script.on_copy = lambda copy: plans.append(copy.plan) or ()
     transfer = core.transfer(NS, HASHES[:3], np.zeros((9, 4096), np.uint8), [8, 1, 5], writable=True)
-    script.run(core.fetch(script.attachment, transfer, 0, strict=True))
+    script.run(core.fetch(script.attachment, transfer, 0, LATE_S, strict=True))
     zero, one, two = (script.slabs[serial].address for serial in range(3))
     assert [plan.block_ids.tolist() for plan in plans] == [[8], [1, 5]]
     assert [plan.addresses.tolist() for plan in plans] == [[zero + 3 * 4096], [one, two + 4096]]
@@ -393,21 +398,21 @@ def test_ranges_go_to_the_blocks_and_come_from_the_slots_of_their_own(script: Sc
 def test_nothing_is_copied_before_something_is_ready(script: Script) -> None:
     script.replies[m.AcquireRequest] = lease(0, 1, ready=0)
     script.told = [Ready(7, 2, 2)]
-    assert script.run(core.fetch(script.attachment, work(HASHES[:2]), 0, strict=True)).blocks == 2
+    assert script.run(core.fetch(script.attachment, work(HASHES[:2]), 0, LATE_S, strict=True)).blocks == 2
     assert script.sent() == ["OpenNamespace", "Acquire", "map", "await", "copy 2", "post Release"]
 
 
 def test_a_notice_that_came_before_the_reply_counts(script: Script) -> None:
     script.attachment.take(Ready(7, 2, 2))
     script.replies[m.AcquireRequest] = lease(0, 1, ready=0)
-    assert script.run(core.fetch(script.attachment, work(HASHES[:2]), 0, strict=True)).blocks == 2
+    assert script.run(core.fetch(script.attachment, work(HASHES[:2]), 0, LATE_S, strict=True)).blocks == 2
     assert "await" not in script.sent()
 
 
 def test_blocks_that_will_not_come_are_a_miss(script: Script) -> None:
     script.replies[m.AcquireRequest] = lease(0, 1, 2, 3, ready=1)
     script.told = [Ready(7, 2, 4), Ready(7, 3, 3)]
-    result = script.run(core.fetch(script.attachment, work(HASHES[:4]), 0, strict=True))
+    result = script.run(core.fetch(script.attachment, work(HASHES[:4]), 0, LATE_S, strict=True))
     assert result == FetchResult(3, 3 * 4096, "miss")
     assert script.sent()[-1] == "post Release"
 
@@ -415,15 +420,25 @@ def test_blocks_that_will_not_come_are_a_miss(script: Script) -> None:
 def test_a_total_that_shrinks_ends_nothing_that_still_comes(script: Script) -> None:
     script.replies[m.AcquireRequest] = lease(0, 1, 2, 3, ready=1)
     script.told = [Ready(7, 1, 3), Ready(7, 3, 3)]
-    assert script.run(core.fetch(script.attachment, work(HASHES[:4]), 0, strict=True)).blocks == 3
+    assert script.run(core.fetch(script.attachment, work(HASHES[:4]), 0, LATE_S, strict=True)).blocks == 3
     assert script.sent().count("await") == 1
 
 
 def test_when_no_block_comes_in_time_what_was_verified_counts(script: Script) -> None:
     script.replies[m.AcquireRequest] = lease(0, 1, 2, 3, ready=1)
     script.told = [Ready(7, 3, 4), None]
-    result = script.run(core.fetch(script.attachment, work(HASHES[:4]), 0, strict=True))
+    result = script.run(core.fetch(script.attachment, work(HASHES[:4]), 0, LATE_S, strict=True))
     assert result == FetchResult(3, 3 * 4096, "timeout")
+    assert script.sent()[-1] == "post Release"
+
+
+def test_at_the_deadline_of_a_fetch_what_was_verified_counts(script: Script) -> None:
+    """However steadily the blocks came until then."""
+    script.replies[m.AcquireRequest] = lease(0, 1, 2, 3, ready=1)
+    script.told = [Ready(7, 2, 4), Ready(7, 3, 4), "passed"]
+    result = script.run(core.fetch(script.attachment, work(HASHES[:4]), 0, 77.0, strict=True))
+    assert result == FetchResult(3, 3 * 4096, "deadline")
+    assert {action.until_s for action in script.actions if isinstance(action, core.Await)} == {77.0}
     assert script.sent()[-1] == "post Release"
 
 
@@ -431,7 +446,7 @@ def test_a_daemon_lost_while_blocks_are_read_makes_all_of_them_a_miss(script: Sc
     script.replies[m.AcquireRequest] = lease(0, 1, 2, 3, ready=3)
     script.told = [PeerLost("gone")]
     script.standing = False
-    result = script.run(core.fetch(script.attachment, work(HASHES[:4]), 0, strict=False))
+    result = script.run(core.fetch(script.attachment, work(HASHES[:4]), 0, LATE_S, strict=False))
     assert result == FetchResult(0, 0, "peer_lost")
     assert script.sent()[-1] == "post Release"
 
@@ -449,7 +464,7 @@ def test_every_range_is_checked_after_its_own_copy(script: Script) -> None:
         return ()
 
     script.on_copy = tamper
-    result = script.run(core.fetch(script.attachment, work(HASHES[:4]), 0, strict=True))
+    result = script.run(core.fetch(script.attachment, work(HASHES[:4]), 0, LATE_S, strict=True))
     assert result == FetchResult(3, 3 * 4096, "stale")
 
 
@@ -457,7 +472,7 @@ def test_a_slab_that_cannot_be_mapped_ends_the_wait(script: Script) -> None:
     script.slabs[1] = mapping(slot_bytes=8192)
     script.replies[m.AcquireRequest] = lease(2, 3, 4, 5, ready=1)
     script.told = [Ready(7, 2, 4)]
-    result = script.run(core.fetch(script.attachment, work(HASHES[:4]), 0, strict=True))
+    result = script.run(core.fetch(script.attachment, work(HASHES[:4]), 0, LATE_S, strict=True))
     assert result == FetchResult(2, 2 * 4096, "stale")
 
 
@@ -493,9 +508,9 @@ def sums(*blocks: bytes) -> bytes:
 )
 def test_a_block_of_another_checksum_is_corrupt(script: Script, told: bytes, blocks: int, reason: str) -> None:
     script.replies[m.AcquireRequest] = lease(0, 1, 2, checksums=told)
-    result = script.run(core.fetch(script.attachment, work(HASHES[:3]), 0, strict=True, verify=True))
+    result = script.run(core.fetch(script.attachment, work(HASHES[:3]), 0, LATE_S, strict=True, verify=True))
     assert result == FetchResult(blocks, blocks * 4096, reason)
-    script.run(core.fetch(script.attachment, work(HASHES[:3]), 0, strict=True))
+    script.run(core.fetch(script.attachment, work(HASHES[:3]), 0, LATE_S, strict=True))
     assert script.sent()[-1] == "post Release"
     assert sum(isinstance(action, core.Compute) for action in script.actions) == any(told)
 
@@ -504,7 +519,7 @@ def test_checksums_belong_to_the_blocks_of_their_range(script: Script) -> None:
     good = bytes(4096)
     script.replies[m.AcquireRequest] = lease(0, 1, 2, 3, ready=2, checksums=sums(good, good, good, b"else"))
     script.told = [Ready(7, 4, 4)]
-    result = script.run(core.fetch(script.attachment, work(HASHES[:4]), 0, strict=True, verify=True))
+    result = script.run(core.fetch(script.attachment, work(HASHES[:4]), 0, LATE_S, strict=True, verify=True))
     assert result == FetchResult(3, 3 * 4096, "corrupt")
 
 
@@ -512,7 +527,7 @@ def test_a_stale_block_is_not_called_corrupt(script: Script) -> None:
     """Its bytes are another block's, which is nobody's fault."""
     script.replies[m.AcquireRequest] = lease(0, 1, checksums=m.join_u64([1, 1]))
     script.slabs[0].generations[0] += 1
-    result = script.run(core.fetch(script.attachment, work(HASHES[:2]), 0, strict=True, verify=True))
+    result = script.run(core.fetch(script.attachment, work(HASHES[:2]), 0, LATE_S, strict=True, verify=True))
     assert result == FetchResult(0, 0, "stale")
 
 
