@@ -163,8 +163,14 @@ def _namespaces(document: Document, store: Document) -> list[str]:
     lines = [
         f"namespace {printable(str(each.get('fingerprint', '')), 12)}  {printable(str(each.get('model', '')), 48)}  "
         f"uid {each.get('uid')}  {each.get('blocks')} blocks x {each.get('block_tokens')} tokens  "
-        f"{size(each.get('resident_bytes', 0))}"
+        f"{size(each.get('resident_bytes', 0))}{_in_memory_alone(each)}"
         for each in namespaces[:NAMESPACES_MAX]
     ]
     more = len(namespaces) - len(lines) + document.get("namespaces_omitted", 0)
     return lines + ([f"and {more} more namespaces"] if more else [])
+
+
+def _in_memory_alone(namespace: Document) -> str:
+    """Empty for a namespace whose blocks go to the drive too, or where there is none."""
+    why = namespace.get("memory_only")
+    return f"  IN MEMORY ALONE{_because(why)}" if why else ""

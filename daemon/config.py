@@ -144,7 +144,8 @@ class NvmeConfig:
     )  # fmt: skip
     slab_bytes: int = setting(
         "size", "auto", "bytes",
-        "Part of a drive given to one namespace shard at a time; no block can be larger. auto: 1/256 of nvme.bytes, "
+        "Part of a drive given to one namespace shard at a time; namespaces with larger blocks "
+        "stay in memory alone. auto: 1/256 of nvme.bytes, "
         "2 MiB to 1 GiB.",
         low=1 * MIB, high=64 * GIB, auto=_auto_nvme_slab_bytes,
     )  # fmt: skip

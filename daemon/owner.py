@@ -164,6 +164,8 @@ class Owner:
                 self._store.slab_failed(opened.ns, opened.slab)
             self._sessions.tell_retired(done.retired)
             self._sessions.tell_progress(effects.progress)
+            for warning in effects.warnings:
+                log.warning(warning)
         return failure
 
     def _has_more(self) -> bool:

@@ -102,7 +102,7 @@ class Effects:
 
     `generations` holds (ns, slot id, new generation): a reader that compares after its copy must see the bump
     before the slot's next writer starts. `forgotten` holds places (physical slab, slot) of the nvme tier whose block
-    has gone, `drive_slabs` comes before the transfers that use them.
+    has gone, `drive_slabs` comes before the transfers that use them. `warnings` are sentences for the log.
     """
 
     slabs: list[SlabOpened | SlabRetired] = field(default_factory=list)
@@ -112,6 +112,7 @@ class Effects:
     transfers: list[Transfer] = field(default_factory=list)
     cancelled: list[int] = field(default_factory=list)
     progress: list[LeaseProgress] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
     def __bool__(self) -> bool:
         return bool(
@@ -122,6 +123,7 @@ class Effects:
             or self.transfers
             or self.cancelled
             or self.progress
+            or self.warnings
         )
 
     def drain(self) -> Effects:
@@ -164,6 +166,8 @@ class Group:
         self.index: BlockIndex
         self.policies: tuple[EvictionPolicy, ...]
         self.shards: dict[int, Shard] = {}
+        self.memory_only = ""
+        """Why the nvme tier has no slot for its blocks, where there is such a tier and that is so."""
         self.last_touch_s = 0.0
         self.evicted_from_host = 0
         self.evicted_unwritten = 0
@@ -248,7 +252,7 @@ class Group:
 
     def lose(self, row: int) -> None:
         """Drop a block for space, wherever it is."""
-        unwritten = len(self.policies) > 1 and not self.index.is_in(row, NVME)
+        unwritten = len(self.policies) > 1 and not self.memory_only and not self.index.is_in(row, NVME)
         self.evicted_unwritten += unwritten
         self._counters.evicted_blocks += 1
         self._counters.evicted_unwritten_blocks += unwritten
@@ -428,6 +432,7 @@ class Group:
             resident_bytes=self.resident_bytes(),
             nvme_resident_bytes=self.resident_bytes(NVME) if len(self.policies) > 1 else 0,
             last_touch_s=self.last_touch_s,
+            memory_only=self.memory_only,
         )
 
     def check(self) -> Iterator[str]:

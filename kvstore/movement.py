@@ -273,6 +273,8 @@ class Movement:
 
     def stir(self, group: Group, *, stored: bool = False) -> None:
         """Something was asked for in the group, or even `stored`: look at it in the next `plan`."""
+        if group.memory_only:
+            return
         self._stirred[group] = self._stirred_now[group] = None
         self._watch(group).stored += stored
 
@@ -352,7 +354,7 @@ class Movement:
                 return
             self._swept = group
             watch, count = self._watch(group), len(group.index.hashes)
-            if not dirty_shards(group) or watch.swept == watch.stored:
+            if group.memory_only or not dirty_shards(group) or watch.swept == watch.stored:
                 continue
             if not watch.to_sweep:
                 watch.to_sweep = self._next_dirty(group, watch, left)
@@ -363,7 +365,7 @@ class Movement:
 
     def write(self, group: Group, rows: Sequence[int], groups: Collection[Group], now: float) -> bool:
         """Begin to write blocks, parents before children; False when the window was full before the last of them."""
-        if not self._may_write(now):
+        if group.memory_only or not self._may_write(now):
             return True
         admitted = self._rule.admit(group, rows, now)
         return all(self._write_part(shard, admitted, groups, now) for shard in group.shards.values())
@@ -414,7 +416,7 @@ class Movement:
         return self._flushes < FLUSH_TRIES
 
     def _coldest_dirty(self, group: Group) -> list[int]:
-        if not dirty_shards(group):
+        if group.memory_only or not dirty_shards(group):
             return []
         rows = group.policies[HOST].coldest(len(group.index.hashes))
         return [row for row in rows if any(self._is_dirty(shard, row) for shard in group.shards.values())]

@@ -14,8 +14,6 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from forebay.kvstore.errors import LayoutError
-
 SLOT_ALIGN_BYTES = 4096
 
 FREE, RESERVED, QUARANTINED, RESIDENT = range(4)
@@ -111,8 +109,7 @@ class ShardSlots:
         self.block_bytes = block_bytes
         self.slot_bytes = slot_bytes_of(block_bytes)
         self.slots_per_slab = form.slots_per_slab(self.slot_bytes)
-        if self.slots_per_slab == 0:
-            raise LayoutError(f"a block of {block_bytes} bytes does not fit into a slab of {form.slab_bytes} bytes")
+        """0 where a block does not fit into a slab: such a shard has no slab here."""
         self.slabs: dict[int, Slab] = {}
         self.knows_checksums = False
         self._form = form

@@ -24,7 +24,10 @@ class TierStats:
 
 @dataclass(frozen=True, slots=True)
 class NamespaceStats:
-    """One namespace group; ``resident_bytes`` counts payload over all its shards."""
+    """One namespace group; ``resident_bytes`` counts payload over all its shards.
+
+    ``memory_only`` says why its blocks are never written to the nvme tier; empty where they are, or there is none.
+    """
 
     fingerprint: str
     model: str
@@ -38,6 +41,7 @@ class NamespaceStats:
     resident_bytes: int
     nvme_resident_bytes: int
     last_touch_s: float
+    memory_only: str = ""
 
 
 @dataclass(slots=True)

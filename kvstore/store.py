@@ -172,7 +172,8 @@ class Store:
         """The shard of a namespace, made when it is new.
 
         At `namespaces_max` the one that has gone longest unused makes way, of those that no session has open and
-        that hold no pin. Raises BadRequest, LayoutError (a block fits no slab), QuotaExceeded (none may go).
+        that hold no pin. Where a block fits no nvme slab its blocks stay in memory alone. Raises BadRequest,
+        LayoutError (a block fits no slab of host memory), QuotaExceeded (none may go).
         """
         session = self._session(session_id)
         spec.validate()
@@ -437,7 +438,7 @@ class Store:
         """Write the leading blocks to the drive now, as far as its window allows; ask again for the rest."""
         group, movement = self.shard(session_id, ns).group, self.movement
         rows = group.index.walk(hashes)
-        if movement is None:
+        if movement is None or group.memory_only:
             return Durability(0, 0)
         group.hold(rows)
         all_begun = movement.write(group, rows, self._groups.values(), now)
@@ -622,6 +623,8 @@ class Store:
 
     def _new_shard(self, spec: NamespaceSpec, key: tuple[int, bytes]) -> Shard:
         spaces = tuple(ShardSlots(tier.form, spec.block_bytes) for tier in self.tiers)
+        if not spaces[HOST].slots_per_slab:
+            raise LayoutError(_does_not_fit(spec, self.tiers[HOST]))
         if len(self._shards) >= self.config.namespaces_max:
             self._forget_coldest(but=key)
         group = self._groups.get(key)
@@ -629,6 +632,11 @@ class Store:
             uid, fingerprint = key
             group = Group(spec, fingerprint, uid, self.effects, self.counters, len(self.tiers))
             self._groups[key] = group
+            if not spaces[-1].slots_per_slab:
+                group.memory_only = _does_not_fit(spec, self.tiers[NVME])
+                self.effects.warnings.append(
+                    f"namespace {fingerprint.hex()[:12]} is kept in memory alone: {group.memory_only}"
+                )
         self._last_ns += 1
         shard = Shard(self._last_ns, spec.shard_rank, group, spaces)
         group.shards[spec.shard_rank] = shard
@@ -835,6 +843,13 @@ class Store:
             slots_quarantined=sum(s.count(QUARANTINED) for s in spaces),
             slots_resident=sum(s.count(RESIDENT) for s in spaces),
         )
+
+
+def _does_not_fit(spec: NamespaceSpec, tier: TierSpace) -> str:
+    return (
+        f"a block of {spec.block_bytes} bytes does not fit into a slab of {tier.name}, which has {tier.slab_bytes} "
+        f"bytes ({tier.name}.slab_bytes)"
+    )
 
 
 def _with_followers(reservation: Reservation, failed: Sequence[int]) -> set[int]:

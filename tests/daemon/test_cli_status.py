@@ -85,6 +85,13 @@ def test_blocks_in_error_are_counted_by_cause(document: dict[str, Any]) -> None:
     assert nvme_lines(document)[-1] == "blocks in error: corrupt 2, load_bad_payload 2"
 
 
+def test_namespace_that_no_drive_has_slots_for_says_why(document: dict[str, Any]) -> None:
+    assert "IN MEMORY ALONE" not in render(document)
+    document["store"]["namespaces"][0]["memory_only"] = "a block does not fit\x1b[2J"
+    [line] = [line for line in render(document).splitlines() if line.startswith("namespace")]
+    assert line.endswith("IN MEMORY ALONE (a block does not fit?[2J)")
+
+
 def test_document_of_a_daemon_without_an_nvme_tier_has_no_such_lines(document: dict[str, Any]) -> None:
     document["nvme"] = document["store"]["movement"] = None
     del document["store"]["tiers"][1]

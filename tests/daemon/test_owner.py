@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import select
 from collections.abc import Iterator
@@ -10,9 +11,12 @@ from typing import Any, cast
 
 import pytest
 
+from forebay.daemon.live_slabs import CarriedOut
 from forebay.daemon.mailbox import Mailbox
 from forebay.daemon.owner import Owner
 from forebay.daemon.status import DaemonSnapshot
+from forebay.kvstore.movement import NvmeConfig
+from forebay.kvstore.namespace import NamespaceSpec
 from forebay.kvstore.store import Store, StoreConfig
 
 
@@ -51,6 +55,8 @@ class RestoringMover:
         self._mailbox = mailbox
         self.collected = 0
         mailbox.wake()
+
+    def carry_out(self, effects: object, now: float) -> None: ...
 
     def collect(self, now: float) -> None:
         self.collected += 1
@@ -98,3 +104,23 @@ def test_store_waits_for_releases_and_not_for_what_comes_back_from_disk(mailbox:
     assert sessions.served == 5
     assert mover.collected == 0
     assert owner._unserved
+
+
+class IdleMemory:
+    def carry_out(self, effects: object) -> CarriedOut:
+        return CarriedOut([], [])
+
+
+def test_what_the_operator_should_know_is_logged_once(
+    mailbox: Mailbox[DaemonSnapshot], caplog: pytest.LogCaptureFixture
+) -> None:
+    nvme = NvmeConfig(1 << 20, 8192)
+    store = Store(StoreConfig(1 << 20, 1 << 20, nvme=nvme), lambda: 1)
+    owner = owner_of(mailbox, FakeSessions(), RestoringMover(mailbox))
+    owner._store, owner._memory = store, cast(Any, IdleMemory())
+    store.open_session(1, 1000)
+    store.open_namespace(1, NamespaceSpec("m", "1", "uint8", 16, (8192,)))
+    owner.carry_out()
+    owner.carry_out()
+    [said] = [record for record in caplog.records if record.levelno == logging.WARNING]
+    assert "memory alone" in said.message

@@ -6,7 +6,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from forebay.kvstore.errors import LayoutError
 from forebay.kvstore.slabs import FREE, QUARANTINED, RESERVED, RESIDENT, ShardSlots, SlabFormat, TierSpace
 
 SLAB_BYTES = 4 * 4096
@@ -44,9 +43,8 @@ def test_slot_is_the_block_rounded_up_to_a_page(block_bytes: int, slot_bytes: in
     assert (found.slot_bytes, found.slots_per_slab) == (slot_bytes, slots)
 
 
-def test_block_larger_than_a_slab_is_refused() -> None:
-    with pytest.raises(LayoutError):
-        ShardSlots(SlabFormat(SLAB_BYTES), SLAB_BYTES + 1)
+def test_block_larger_than_a_slab_has_no_slot() -> None:
+    assert ShardSlots(SlabFormat(SLAB_BYTES), SLAB_BYTES + 1).slots_per_slab == 0
 
 
 def test_slot_id_is_serial_times_slots_and_slot() -> None:

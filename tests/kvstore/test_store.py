@@ -18,8 +18,8 @@ from forebay.kvstore.errors import (
 )
 from forebay.kvstore.groups import SlabOpened, SlabRetired
 from forebay.kvstore.outcome import Outcome, Scope
-from forebay.kvstore.store import Store, StoreConfig
-from support.core import UID, World, chain, numbers, outcomes, spec
+from forebay.kvstore.store import Durability, Store, StoreConfig
+from support.core import UID, TwoTiers, World, chain, numbers, outcomes, spec
 
 WRITE, PRESENT, IN_FLIGHT = Outcome.WRITE, Outcome.PRESENT, Outcome.IN_FLIGHT
 FULL, ORPHAN, DRAINING = Outcome.FULL, Outcome.ORPHAN, Outcome.DRAINING
@@ -624,6 +624,36 @@ def test_block_that_fits_no_slab_makes_no_namespace() -> None:
         world.open(spec("big", blocks_of=5 * 4096))
     assert len(world.store.stats().namespaces) == 1
     world.check()
+
+
+def test_block_that_fits_host_memory_alone_is_kept_there_and_never_written() -> None:
+    """The operator is told once, in words that name the setting; nothing of it is counted as unwritten."""
+    nvme_slab_bytes = 3 * 4096  # its header, a slot's header, and a block of one page
+    small = TwoTiers(slots=4, nvme={"slab_bytes": nvme_slab_bytes, "capacity_bytes": 8 * nvme_slab_bytes})
+    assert small.effects().warnings == []
+    ns = small.open(spec("big", blocks_of=2 * 4096))
+    [warning] = small.effects().warnings
+    assert "memory alone" in warning
+    assert "nvme.slab_bytes" in warning
+    assert outcomes(small.write(chain("x", 2), ns=ns)) == [Outcome.WRITE] * 2
+    assert small.store.persist(1, ns, chain("x", 2), small.now) == Durability(0, 0)
+    for start in range(10):
+        small.write(chain(f"more {start}", 2), ns=ns)
+        small.store.plan_writes(small.now)
+    small.at(100.0)
+    small.store.sweep(small.now)
+    assert small.hits(chain("more 9", 2), ns=ns) == 2
+    assert small.store.prefetch(1, ns, chain("more 9", 2), small.now) == (2, 0)
+    small.store.drain()
+    assert not small.store.flush(small.now)
+    assert small.step() == []
+    assert small.counters.evicted_blocks > 0
+    assert small.counters.evicted_unwritten_blocks == 0
+    reasons = {each.model: each.memory_only for each in small.store.stats().namespaces}
+    assert not reasons["m"]
+    assert reasons["big"] in warning
+    small.open(spec("big", blocks_of=2 * 4096))
+    assert small.effects().warnings == []
 
 
 def test_spec_out_of_bounds_makes_no_namespace() -> None:

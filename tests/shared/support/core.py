@@ -138,8 +138,9 @@ class TwoTiers(World):
         **config: Any,
     ) -> None:
         slab_bytes = PAGE_BYTES + slots * (PAGE_BYTES + BLOCK_BYTES)
-        given = {"window_bytes": 1 << 20, "chunk_bytes": 1 << 20, "prefetch_share": 1.0, **(nvme or {})}
-        super().__init__(slabs, slots, nvme=NvmeConfig(drive_slabs * slab_bytes, slab_bytes, **given), **config)
+        sizes = {"capacity_bytes": drive_slabs * slab_bytes, "slab_bytes": slab_bytes}
+        given = {"window_bytes": 1 << 20, "chunk_bytes": 1 << 20, "prefetch_share": 1.0, **sizes, **(nvme or {})}
+        super().__init__(slabs, slots, nvme=NvmeConfig(**given), **config)
         self.drive = Drive()
         if restored:
             self.store.restore_slabs([], 1 << 32 | 1)
