@@ -63,6 +63,7 @@ def _tiers(document: Document, store: Document) -> list[str]:
         lines.append(_tier(tier, about))
         detail = document.get("nvme") if tier.get("tier") == "nvme" else None
         lines += _nvme(detail, store) if detail else []
+        lines += [f"  warning: {printable(text, 300)}" for text in store.get("warnings", ())] if detail else []
         said = {drive.get("reason") for drive in (detail or {}).get("drives", ())}
         lines += [f"  warning: {printable(text, 300)}" for text in about.get("warnings", ()) if text not in said]
     return lines

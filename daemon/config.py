@@ -91,7 +91,8 @@ class HostConfig:
     slab_bytes: int = setting(
         "size", "auto", "bytes",
         "Memory given to one namespace shard at a time: larger means fewer mappings and file descriptors, smaller lets "
-        "more namespaces share the tier evenly; no block can be larger. auto: 1/64 of host.bytes, 2 MiB to 256 MiB.",
+        "more namespaces share the tier evenly; no block can be larger: larger ones that an earlier "
+        "life left on nvme are given up at the start, with a warning. auto: 1/64 of host.bytes, 2 MiB to 256 MiB.",
         low=64 << 10, high=16 * GIB, auto=_auto_slab_bytes,
     )  # fmt: skip
     pages: Literal["auto", "hugetlb", "thp", "4k"] = setting(

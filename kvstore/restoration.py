@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
-from forebay.kvstore.errors import ForebayError
+from forebay.kvstore.errors import Corrupt, ForebayError
 from forebay.kvstore.groups import NVME, DriveSlabRetired, Effects, Group, Shard
 from forebay.kvstore.index import NO_ROW, BlockIndex, FoundShard
 from forebay.kvstore.namespace import NamespaceSpec
@@ -88,24 +88,40 @@ class Restoration:
         self._slabs: dict[int, tuple[Shard, Slab]] = {}
         self._below: dict[Group, list[_Unreachable]] = {}
         self._doomed: dict[Group, list[_Unreachable]] = {}
+        self.warnings: tuple[str, ...] = ()
+        """What was given up at the start, in sentences for an operator: one for each kind of reason."""
 
     def slabs(self, found: Iterable[tuple[int, Owner, int]]) -> None:
-        """All slabs in use: (physical slab, owner, first generation). Those nobody can own here are free."""
-        for physical, owner, _ in found:
-            shard = self._owner_of(owner)
-            if shard is None:
-                self._effects.drive_slabs.append(DriveSlabRetired(physical))
-            elif self._tier.claim(physical):
-                self._slabs[physical] = (shard, shard.spaces[NVME].adopt_slab(physical, self._tier.first_generation))
+        """All slabs in use: (physical slab, owner, first generation). Those nobody can own here are free.
 
-    def _owner_of(self, owner: Owner) -> Shard | None:
+        A slot of the drive is the same whatever the host's slabs are. But a block that fits into none of them, because
+        those were larger in the life that wrote it, could never be read: its slab is given up, and that is said.
+        """
+        given_up: dict[type[ForebayError], tuple[int, str]] = {}
+        for physical, owner, _ in found:
+            try:
+                shard = self._owner_of(owner)
+            except ForebayError as error:
+                self._effects.drive_slabs.append(DriveSlabRetired(physical))
+                count, reason = given_up.get(type(error), (0, str(error)))
+                given_up[type(error)] = count + 1, reason
+                continue
+            if self._tier.claim(physical):
+                self._slabs[physical] = (shard, shard.spaces[NVME].adopt_slab(physical, self._tier.first_generation))
+        self.warnings = tuple(
+            f"{count} slabs of the nvme tier were given up at the start with all blocks in them: {reason}"
+            for count, reason in given_up.values()
+        )
+        self._effects.warnings += self.warnings
+
+    def _owner_of(self, owner: Owner) -> Shard:
+        """Raises ForebayError: why it can have no slab here."""
         if owner.slot_bytes != slot_bytes_of(owner.block_bytes):
-            return None
-        try:
-            shard = self._shard_of(owner.uid, owner.group_fingerprint, unopened_spec(owner))
-        except ForebayError:
-            return None
-        return shard if shard.spaces[NVME].block_bytes == owner.block_bytes else None
+            raise Corrupt(f"slots of {owner.slot_bytes} bytes for blocks of {owner.block_bytes}")
+        shard = self._shard_of(owner.uid, owner.group_fingerprint, unopened_spec(owner))
+        if shard.spaces[NVME].block_bytes != owner.block_bytes:
+            raise Corrupt(f"blocks of {owner.block_bytes} bytes in a namespace of {shard.spaces[NVME].block_bytes}")
+        return shard
 
     def blocks(self, found: Sequence[FoundBlock], now: float) -> None:
         """Blocks found in those slabs."""

@@ -107,7 +107,7 @@ class MovementStats:
 
 @dataclass(frozen=True, slots=True)
 class StoreStats:
-    """The whole core at one instant."""
+    """The whole core at one instant. ``warnings`` are sentences for an operator about what was lost at the start."""
 
     tiers: tuple[TierStats, ...]
     namespaces: tuple[NamespaceStats, ...]
@@ -120,3 +120,4 @@ class StoreStats:
     draining: bool
     movement: MovementStats | None
     counters: Counters
+    warnings: tuple[str, ...] = ()

@@ -555,6 +555,7 @@ class Store:
             draining=self.draining,
             movement=self.movement.stats(groups, now) if self.movement is not None else None,
             counters=replace(self.counters),
+            warnings=self._restoration.warnings if self.movement is not None else (),
         )
 
     def check(self) -> list[str]:

@@ -85,6 +85,11 @@ def test_blocks_in_error_are_counted_by_cause(document: dict[str, Any]) -> None:
     assert nvme_lines(document)[-1] == "blocks in error: corrupt 2, load_bad_payload 2"
 
 
+def test_what_was_given_up_at_the_start_is_a_warning_of_the_nvme_tier(document: dict[str, Any]) -> None:
+    document["store"]["warnings"] = ["3 slabs were given up\x1b[2J"]
+    assert nvme_lines(document)[-1] == "warning: 3 slabs were given up?[2J"
+
+
 def test_namespace_that_no_drive_has_slots_for_says_why(document: dict[str, Any]) -> None:
     assert "IN MEMORY ALONE" not in render(document)
     document["store"]["namespaces"][0]["memory_only"] = "a block does not fit\x1b[2J"

@@ -273,6 +273,26 @@ def test_slab_nobody_can_own_is_free() -> None:
     assert [n.model for n in world.store.stats().namespaces] == ["m"]
 
 
+def test_smaller_host_slabs_give_up_blocks_that_fit_none_of_them_and_say_so() -> None:
+    """All others are found: how a slab of the drive is cut has nothing to do with the host's."""
+    large = replace(OURS, group_fingerprint=b"l" * 32, block_bytes=4 * 4096, slot_bytes=4 * 4096)
+    slabs = ((0, OURS, OLD), (1, large, OLD), (2, large, OLD))
+    before = TwoTiers(slots=4, restored=False)
+    before.store.restore_slabs(slabs, FIRST)
+    assert before.effects().warnings == []
+    after = TwoTiers(slots=2, restored=False, nvme={"slab_bytes": 36864, "capacity_bytes": 8 * 36864})
+    after.store.restore_slabs(slabs, FIRST)
+    restore(after, found(chain("a", 4)))
+    assert after.where(chain("a", 4)) == "dddd"
+    after.acquire(chain("a", 4))
+    [load] = after.step()
+    assert [load.shard.spaces[NVME].place(slot) for slot in load.nvme_slots] == [(0, slot) for slot in range(4)]
+    assert after.drive.slabs == [DriveSlabRetired(1), DriveSlabRetired(2)]
+    [warning] = after.store.stats().warnings
+    assert "2 slabs of the nvme tier were given up" in warning
+    assert "host.slab_bytes" in warning
+
+
 def test_namespace_that_the_drive_knows_otherwise_is_not_opened() -> None:
     """Its slots would be too small for what the client writes."""
     other = spec("other", blocks_of=8192)
