@@ -267,7 +267,7 @@ class Committer:
 
     def refuse(self, reason: str) -> None:
         """Never open the index in this life; every write fails."""
-        self._refused = reason
+        self._refused = self.reason = reason
 
     def queued_blocks(self) -> int:
         return self._queued_blocks

@@ -5,6 +5,7 @@ The child may die of a damaged index, loop in it, or be killed; a wait has a dea
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import shutil
@@ -55,6 +56,10 @@ class IndexReader:
     def exists(self) -> bool:
         """Whether there is an index to read."""
         return (self._index / INDEX_FILE).exists()
+
+    def first_s(self) -> float:
+        """How long the child may stay silent at first. Raises OSError."""
+        return self._timeout_s + (self._index / INDEX_FILE).stat().st_size / _INDEX_BYTES_PER_S
 
     def read(self) -> Iterator[list[Assigned] | tuple[bytes, list[RestoredBlock]]]:
         """The assigned slabs, once the index has been walked whole; then blocks with their keys, parents first.
@@ -109,7 +114,7 @@ class IndexReader:
 
     def _read(self, stream: IO[bytes]) -> Iterator[list[Assigned] | tuple[bytes, list[RestoredBlock]]]:
         told = 0
-        first_s = self._timeout_s + (self._index / INDEX_FILE).stat().st_size / _INDEX_BYTES_PER_S
+        first_s = self.first_s()
         longest = max(_BODY_BYTES_MAX, TOTALS.size + self._drive.slabs * _SLAB_BYTES)
         for kind, hash_len, parent_len, count, body in _frames(stream.fileno(), longest, first_s, self._timeout_s):
             if kind == SLABS:
@@ -129,7 +134,8 @@ class IndexReader:
         child, self._child = self._child, None
         if child is not None:
             child.kill()
-            child.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):  # one that hangs at the drive is left to the kernel
+                child.wait(_EXIT_S)
             if child.stdout is not None:
                 child.stdout.close()
         shutil.rmtree(self._copy, ignore_errors=True)

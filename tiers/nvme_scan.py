@@ -8,8 +8,11 @@ but the daemon knows the drive's 16 random bytes.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
-from collections.abc import Callable, Iterator
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from forebay.tiers.nvme_drive import Drive
@@ -25,6 +28,9 @@ from forebay.tiers.nvme_format import (
     unpack_slot,
 )
 from forebay.tiers.nvme_jobs import SlabOwner
+
+_SCANNERS = 4
+_LOOK_S = 0.5
 
 
 @dataclass(slots=True)
@@ -73,6 +79,43 @@ def scan_slots(drive: Drive, slab: int, owner: SlabOwner, generation: int, stop:
                 found.leftovers += 1
     found.blocks.sort(key=lambda record: record.depth)
     return found
+
+
+def scan_all(
+    assigned: Sequence[tuple[int, SlabOwner, int]],
+    scan: Callable[[tuple[int, SlabOwner, int]], SlabFindings],
+    stop: Callable[[], bool],
+) -> Iterator[SlabFindings]:
+    """What `scan` finds in each slab, as it comes, by a few threads; ends when `stop` says so, whoever hangs.
+
+    The threads are daemons: one that the drive never lets go of keeps no process from ending. Raises what `scan` did.
+    """
+    todo: queue.SimpleQueue[tuple[int, SlabOwner, int]] = queue.SimpleQueue()
+    done: queue.SimpleQueue[SlabFindings | Exception] = queue.SimpleQueue()
+    for each in assigned:
+        todo.put(each)
+
+    def work() -> None:
+        with contextlib.suppress(queue.Empty):
+            while not stop():
+                each = todo.get_nowait()
+                try:
+                    done.put(scan(each))
+                except Exception as error:  # noqa: BLE001  # raised where it is waited for
+                    done.put(error)
+
+    for number in range(min(_SCANNERS, len(assigned))):
+        threading.Thread(target=work, name=f"scan-{number}", daemon=True).start()
+    left = len(assigned)
+    while left and not stop():
+        try:
+            found = done.get(timeout=_LOOK_S)
+        except queue.Empty:
+            continue
+        if isinstance(found, Exception):
+            raise found
+        left -= 1
+        yield found
 
 
 def belongs(record: SlotRecord, slab: int, slot: int, namespace: bytes, owner: SlabOwner, generation: int) -> bool:

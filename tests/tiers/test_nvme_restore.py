@@ -5,14 +5,19 @@ from __future__ import annotations
 import errno
 import random
 import shutil
+import subprocess
 import sys
+import threading
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
-from tests.tiers.nvme_rig import SLABS, Rig, filled
+from tests.tiers.nvme_rig import SLABS, WAIT_S, FaultyFiles, Rig, filled
 
 from forebay.tiers import nvme_reader, nvme_restore
 from forebay.tiers.nvme_drive import DATA_NAME
+from forebay.tiers.nvme_format import SLABS_OFFSET
 from forebay.tiers.nvme_jobs import IoStatus
 
 OK = IoStatus.OK
@@ -298,6 +303,109 @@ def test_child_that_dies_after_its_first_blocks_costs_no_block_and_tells_none_tw
     again = Rig(path)
     assert again.restore().problems == ()
     again.close()
+
+
+def test_every_wait_for_the_child_has_a_deadline(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed while the drive holds it, it may never end."""
+    waits: list[float | None] = []
+    wait = subprocess.Popen.wait
+
+    def noted(popen: Any, timeout: float | None = None) -> int:
+        waits.append(timeout)
+        return wait(popen, timeout)
+
+    monkeypatch.setattr(subprocess.Popen, "wait", noted)
+    rig = Rig(path)
+    rig.restore()
+    rig.close()
+    assert waits
+    assert None not in waits
+
+
+# --- what nobody foresaw ---
+
+
+def test_bug_in_a_restore_is_told_as_its_end(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The index that nobody has walked is not opened."""
+
+    def broken(*_: object) -> Any:
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(nvme_restore, "scan_slabs", broken)
+    monkeypatch.setattr(nvme_reader.IndexReader, "read", broken)
+    rig = Rig(path)
+    done = rig.restore()
+    assert [problem.rpartition(": ")[2] for problem in done.problems] == ["a bug"] * 2
+    assert rig.slabs == []
+    rig.assign(1)
+    assert rig.write([3], slab=1) == [IoStatus.IO_ERROR]
+    rig.close()
+
+
+def test_bug_in_a_scan_is_told_as_its_end(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> Any:
+        raise ValueError("a bug")
+
+    shutil.rmtree(path / "index")
+    monkeypatch.setattr(nvme_restore, "scan_slots", broken)
+    rig = Rig(path)
+    assert "a bug" in rig.restore().problems[-1]
+    rig.close()
+    monkeypatch.undo()
+    again = Rig(path)
+    assert again.restore().blocks == COUNT
+    again.close()
+
+
+class HangingFiles(FaultyFiles):
+    """One drive's reads beyond its own headers hang, once a test says so."""
+
+    def __init__(self, hanging: Path) -> None:
+        super().__init__()
+        self._hanging = hanging
+        self._fds: set[int] = set()
+        self.let_go = threading.Event()
+
+    def open(self, path: Path, flags: int, mode: int = 0o600) -> int:
+        fd = super().open(path, flags, mode)
+        (self._fds.add if path.parent == self._hanging else self._fds.discard)(fd)
+        return fd
+
+    def preadv(self, fd: int, buffers: Sequence[Any], offset: int) -> int:
+        if fd in self._fds and offset >= SLABS_OFFSET:
+            self.let_go.wait(WAIT_S)
+        return super().preadv(fd, buffers, offset)
+
+
+def test_drive_that_hangs_keeps_no_other_from_coming_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    rig = Rig(one, other)
+    rig.restore()
+    for slab in range(2):
+        rig.assign(slab)
+        assert set(rig.write(range(5), slab=slab)) == {OK}
+    rig.close()
+    for path in (one, other):
+        shutil.rmtree(path / "index")
+    monkeypatch.setattr(nvme_restore, "HANG_S", 0.2)
+    files = HangingFiles(one)
+    again = Rig(one, other, files=files)
+    done = again.restore()
+    assert any(f"{one} hangs" in problem for problem in done.problems)
+    assert [slab for slab, _, _ in again.slabs or ()] == [1]
+    assert [block[:2] for block in again.blocks] == [(1, slot) for slot in range(5)]
+    assert set(again.load_restored(again.blocks)) == {OK}
+    drives = again.tier.detail().drives
+    assert ("hangs" in drives[0].index_reason, drives[0].index, drives[1].index) == (True, "failing", "up")
+    assert again.write([7], slab=1) == [OK]
+    again.assign(0)
+    assert again.write([7], slab=0) == [IoStatus.IO_ERROR]
+    files.let_go.set()
+    again.close()
+    last = Rig(one, other)
+    last.restore()
+    assert {(slab, slot) for slab in range(2) for slot in range(5)} <= {block[:2] for block in last.blocks}
+    last.close()
 
 
 def test_copies_of_a_dead_child_are_removed(path: Path) -> None:
