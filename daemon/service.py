@@ -291,4 +291,5 @@ def _movement_config(config: Config, tier: NvmeTier) -> NvmeConfig:
         clean_share=config.nvme.clean_share,
         idle_s=config.nvme.idle_s,
         budget_bytes_per_day=derive(config).write_bytes_per_day,
+        drives=max(1, sum(drive.up for drive in tier.detail().drives)),
     )

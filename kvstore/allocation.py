@@ -3,6 +3,9 @@
 Room is made when it is needed and only as much as is needed, so a tier runs full. Slabs follow demand: a
 shard without room takes one from the namespace whose blocks have gone longest without being asked for, if
 that is clearly longer than its own, and otherwise evicts its own coldest block.
+
+Of several drives one may take no writes for now. It is barred: room is made on the others, and blocks on it leave only
+as the coldest do.
 """
 
 from __future__ import annotations
@@ -37,12 +40,12 @@ class Allocator:
         self._slab_idle_s = slab_idle_s
 
     def ensure(self, shard: Shard, groups: Iterable[Group], now: float, wanted: int = 1) -> bool:
-        """Make sure the shard has a free slot; False when nothing may be evicted for it.
+        """Make sure the shard has a free slot on a drive that is not barred; False when nothing may be evicted for it.
 
         Where its own blocks have to go, `wanted` of them go together if they may: a chain's slots then come back as
         they lay, one after the other, and the next chain's copy is one run.
         """
-        if shard.spaces[self._level].has_free() or self._assign(shard):
+        if shard.spaces[self._level].has_free(self.tier.barred) or self._assign(shard):
             return True
         donors = None
         if now >= shard.donor_check_s[self._level]:
@@ -100,7 +103,7 @@ class Allocator:
             if space.count(FREE) < space.slots_per_slab:
                 continue
             for slab in space.slabs.values():
-                if space.is_empty(slab):
+                if space.is_empty(slab) and self.tier.is_open(slab.physical):
                     self.retire(shard, [slab])
                     return True
         return False
@@ -115,12 +118,15 @@ class Allocator:
         return self._take(donors[0].shards.values(), _SLABS_TRIED_MAX)
 
     def _evict_own(self, shard: Shard, wanted: int) -> bool:
-        space = shard.spaces[self._level]
-        while space.count(FREE) < wanted:
+        space, barred = shard.spaces[self._level], self.tier.barred
+        # What lies on a barred drive gives no room: of it no more goes than what would be its share.
+        tries = (wanted - space.free_beside(barred)) * self.tier.form.drives if barred else float("inf")
+        while space.free_beside(barred) < wanted and tries > 0:
+            tries -= 1
             # A shard that holds no block gains nothing from a victim: its sibling ranks' slots are not its own.
             if not space.count(RESIDENT) or not shard.group.evict_one(self._level):
                 break
-        return space.has_free()
+        return space.has_free(barred)
 
     def _balance(self, shard: Shard, slabs_tried_max: int | None = None) -> bool:
         """Take a slab from the rank that has most, if it has two more: a block needs all its ranks."""
@@ -156,7 +162,12 @@ class Allocator:
 
     def _fullest_last(self, shards: Iterable[Shard]) -> list[tuple[Shard, Slab]]:
         """The fewest blocks lost first."""
-        slabs = [(shard, slab) for shard in shards for slab in shard.spaces[self._level].slabs.values()]
+        slabs = [
+            (shard, slab)
+            for shard in shards
+            for slab in shard.spaces[self._level].slabs.values()
+            if self.tier.is_open(slab.physical)
+        ]
         slabs.sort(key=lambda item: -item[1].count(FREE))
         return slabs
 

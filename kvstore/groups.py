@@ -319,9 +319,11 @@ class Group:
                 if vain and any(r >= 0 and index.is_in(r, tier) and self._could_leave(r, tier) for r in freed):
                     self._nothing_evictable[tier] = False
 
-    def reserve(self, shard: Shard, row: int, tier: int = HOST) -> tuple[int, int]:
-        """Give a free slot of the shard to the row's writer; returns (slot id, generation)."""
-        slot_id, generation = shard.spaces[tier].reserve(row)
+    def reserve(
+        self, shard: Shard, row: int, tier: int = HOST, barred: frozenset[int] = frozenset()
+    ) -> tuple[int, int]:
+        """Give a free slot of the shard, on a drive that is not barred, to the row's writer; (slot id, generation)."""
+        slot_id, generation = shard.spaces[tier].reserve(row, barred)
         self.index.reserve(row, tier, shard.rank, slot_id, generation)
         return slot_id, generation
 

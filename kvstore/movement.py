@@ -40,7 +40,7 @@ PRESSED_S = 5.0
 """So long after blocks had to leave unwritten the clean share is as large as bursts of stores ask for."""
 FLUSH_TRIES = 8
 PAUSE_S = 0.5
-"""After writes of which none succeeded."""
+"""A drive's, after a transfer of whose blocks on it none was written."""
 
 WINDOW_SHARE = 4
 """What is being written cannot leave host memory meanwhile, so it is at most this part of a small tier."""
@@ -57,6 +57,7 @@ class NvmeConfig:
         prefetch_share: most of the host tier that prefetches may be filling at one time.
         idle_s: without a request for so long, what is only in host memory is written down as well.
         budget_bytes_per_day: what may be written; 0: any amount.
+        drives: how many the tier has; slab s lies on drive s mod `drives`.
     """
 
     capacity_bytes: int
@@ -67,10 +68,11 @@ class NvmeConfig:
     prefetch_share: float = 0.25
     idle_s: float = 2.0
     budget_bytes_per_day: int = 0
+    drives: int = 1
 
     @property
     def form(self) -> SlabFormat:
-        return SlabFormat(self.slab_bytes, PAGE_BYTES, PAGE_BYTES)
+        return SlabFormat(self.slab_bytes, PAGE_BYTES, PAGE_BYTES, drives=self.drives)
 
 
 class Verdict(IntEnum):
@@ -160,7 +162,8 @@ class Movement:
         self._stirred_now: dict[Group, None] = {}
         self._swept: Group | None = None
         self._writing_bytes = 0
-        self._paused_until_s = float("-inf")
+        self._pauses: dict[int, float] = {}
+        """Until when each drive is not written to."""
         self._last_failed = False
         self._flushes = 0
         self._to_flush: list[tuple[Group, list[int]]] | None = None
@@ -437,8 +440,11 @@ class Movement:
         return self._nvme.tier.slabs_total > 0 and not self._may_write(now)
 
     def _may_write(self, now: float) -> bool:
-        """The tier's slabs are known, and the last writes did not all fail a moment ago."""
-        return self.ready and now >= self._paused_until_s
+        """The tier's slabs are known, and there is a drive whose last writes did not all fail a moment ago."""
+        if self._pauses:
+            self._pauses = {drive: until_s for drive, until_s in self._pauses.items() if until_s > now}
+            self._nvme.tier.barred = frozenset(self._pauses)
+        return self.ready and len(self._pauses) < self.config.drives
 
     def _watch(self, group: Group) -> _Watch:
         return self._watches.setdefault(group, _Watch())
@@ -484,7 +490,7 @@ class Movement:
         shard.group.hold((row,))
         room = self._nvme.ensure(shard, groups, now, wanted)
         if room:
-            nvme_slot, _ = shard.group.reserve(shard, row, NVME)
+            nvme_slot, _ = shard.group.reserve(shard, row, NVME, self._nvme.tier.barred)
             batch.add(row, shard.group.index.slot(row, HOST, shard.rank), nvme_slot)
             self._writing_bytes += size
         else:
@@ -577,6 +583,7 @@ class Movement:
         size = shard.slots.block_bytes
         self._writing_bytes -= self._payload(transfer)
         good = []
+        self._pause_drives(transfer, verdicts, now)
         for i, verdict in enumerate(verdicts):
             if verdict == Verdict.OK and self._is_what_was_stored(transfer, i, checksums[i]):
                 good.append(i)
@@ -592,10 +599,20 @@ class Movement:
         if len(good) < len(transfer.rows):
             self._watch(group).stored += 1
         self._last_failed = Verdict.OK not in verdicts
-        if self._last_failed:
-            self._paused_until_s = now + PAUSE_S
         self._counters.demoted_blocks += len(good)
         self._counters.demoted_bytes += len(good) * size
+
+    def _pause_drives(self, transfer: Transfer, verdicts: Sequence[int], now: float) -> None:
+        """Those on which blocks of the transfer were to be written and none was."""
+        space, drives = transfer.shard.spaces[NVME], self.config.drives
+        touched, worked = set(), set()
+        for slot, verdict in zip(transfer.nvme_slots, verdicts, strict=True):
+            drive = space.place(slot)[0] % drives
+            touched.add(drive)
+            if verdict == Verdict.OK:
+                worked.add(drive)
+        for drive in touched - worked:
+            self._pauses[drive] = now + PAUSE_S
 
     def _is_what_was_stored(self, transfer: Transfer, i: int, checksum: int) -> bool:
         """The bytes written are those that the block's writer, or the drive it came from, vouched for."""

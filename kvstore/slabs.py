@@ -31,13 +31,15 @@ def slot_bytes_of(block_bytes: int) -> int:
 class SlabFormat:
     """How a tier's slabs are cut: a header in front of the slab and of each slot, both of which may be empty.
 
-    With `checksums` the payload checksum of each slot's block is kept beside it, where it is known.
+    With `checksums` the payload checksum of each slot's block is kept beside it, where it is known. Physical slab s
+    lies on drive s mod `drives`.
     """
 
     slab_bytes: int
     slab_header_bytes: int = 0
     slot_header_bytes: int = 0
     checksums: bool = False
+    drives: int = 1
 
     def slots_per_slab(self, slot_bytes: int) -> int:
         return (self.slab_bytes - self.slab_header_bytes) // (self.slot_header_bytes + slot_bytes)
@@ -53,6 +55,8 @@ class TierSpace:
         self.first_generation = 1
         self.slabs_total = capacity_bytes // slab_bytes
         self.capacity_bytes = self.slabs_total * slab_bytes
+        self.barred: frozenset[int] = frozenset()
+        """Drives whose slabs are not to be given for now, because writes to them fail."""
         self._free = dict.fromkeys(range(self.slabs_total - 1, -1, -1))  # a stack from which any may be taken
 
     @property
@@ -60,8 +64,15 @@ class TierSpace:
         return len(self._free)
 
     def take(self) -> int | None:
-        """A physical slab index, lowest first, or None when all are assigned."""
-        return self._free.popitem()[0] if self._free else None
+        """A physical slab index, lowest first, or None when all are assigned or barred."""
+        physical = next((slab for slab in reversed(self._free) if self.is_open(slab)), None)
+        if physical is not None:
+            del self._free[physical]
+        return physical
+
+    def is_open(self, physical: int) -> bool:
+        """Whether the slab's drive is not barred."""
+        return not self.barred or physical % self.form.drives not in self.barred
 
     def claim(self, physical: int) -> bool:
         """Take this very slab; False when there is no such slab or it is assigned."""
@@ -103,6 +114,8 @@ class ShardSlots:
 
     Each slot is in exactly one state. A generation starts at its slab's first and is bumped when its slot stops
     holding a block or a half-written one, that is before the slot can be given to another.
+
+    Free slots lie by drive. Slots of one drive are given until it has none: neighbours are written in one call.
     """
 
     def __init__(self, form: SlabFormat, block_bytes: int) -> None:
@@ -113,7 +126,9 @@ class ShardSlots:
         self.slabs: dict[int, Slab] = {}
         self.knows_checksums = False
         self._form = form
-        self._free: deque[int] = deque()  # given from the right
+        self._free: list[deque[int]] = [deque() for _ in range(form.drives)]  # given from the right
+        self._drive = 0
+        """The drive whose slots are being given."""
         self._next_serial = 0
         self._counts = [0, 0, 0, 0]
 
@@ -128,7 +143,7 @@ class ShardSlots:
         """Cut a physical slab into free slots; the lowest slot is handed out first."""
         slab = self._new_slab(physical, generation)
         first = slab.serial * self.slots_per_slab
-        self._free.extend(range(first + self.slots_per_slab - 1, first - 1, -1))
+        self._free_on(slab).extend(range(first + self.slots_per_slab - 1, first - 1, -1))
         self._counts[FREE] += self.slots_per_slab
         return slab
 
@@ -190,22 +205,31 @@ class ShardSlots:
             del self.slabs[slab.serial]
             self._counts[FREE] -= self.slots_per_slab
         dropped = {slab.serial for slab in slabs}
-        self._free = deque(slot for slot in self._free if slot // self.slots_per_slab not in dropped)
+        self._free = [deque(slot for slot in free if slot // self.slots_per_slab not in dropped) for free in self._free]
 
     def drop_all(self) -> list[Slab]:
         """Forget every slab, with whatever is in it; returns them."""
         slabs = list(self.slabs.values())
         self.slabs.clear()
-        self._free.clear()
+        for free in self._free:
+            free.clear()
         self._counts = [0, 0, 0, 0]
         return slabs
 
-    def has_free(self) -> bool:
-        return bool(self._free)
+    def has_free(self, barred: frozenset[int] = frozenset()) -> bool:
+        return self.free_beside(barred) > 0
 
-    def reserve(self, row: int) -> tuple[int, int]:
-        """Give a free slot to the block `row`; returns (slot id, generation)."""
-        slot_id = self._free.pop()
+    def free_beside(self, barred: frozenset[int]) -> int:
+        """Free slots on drives that are not barred."""
+        return self._counts[FREE] - sum(len(self._free[drive]) for drive in barred)
+
+    def reserve(self, row: int, barred: frozenset[int] = frozenset()) -> tuple[int, int]:
+        """Give a free slot, on a drive that is not barred, to the block `row`; returns (slot id, generation)."""
+        assert self.has_free(barred), "a slot was taken where none is free"
+        drives = len(self._free)
+        while not self._free[self._drive] or self._drive in barred:
+            self._drive = (self._drive + 1) % drives
+        slot_id = self._free[self._drive].pop()
         slab, slot = self._locate(slot_id)
         slab.states[slot] = RESERVED
         slab.rows[slot] = row
@@ -227,7 +251,7 @@ class ShardSlots:
     def free(self, slot_id: int, *, last: bool = False) -> int:
         """Take a slot back from whatever held it; returns its new generation.
 
-        With `last` it is given again after all others that are free now.
+        With `last` it is given again after all others that are free now, on this drive and on the others.
         """
         slab, slot = self._locate(slot_id)
         self._counts[slab.states[slot]] -= 1
@@ -241,10 +265,14 @@ class ShardSlots:
         if slab.checksums:
             slab.checksums[slot] = 0
         if last:
-            self._free.appendleft(slot_id)
+            self._free_on(slab).appendleft(slot_id)
+            self._drive = (slab.physical + 1) % len(self._free)
         else:
-            self._free.append(slot_id)
+            self._free_on(slab).append(slot_id)
         return generation
+
+    def _free_on(self, slab: Slab) -> deque[int]:
+        return self._free[slab.physical % len(self._free)]
 
     def keep_checksum(self, slot_id: int, checksum: int) -> None:
         """The payload checksum of the block in a slot, until the slot is freed; 0: not known."""
@@ -268,13 +296,15 @@ class ShardSlots:
             yield f"slot counts {dict(zip(_STATES, self._counts, strict=True))} but the slabs hold {counts}"
         if sum(counts) != self.slots_total:
             yield f"{sum(counts)} slots in a state, {self.slots_total} slots in all"
-        listed = set(self._free)
-        if len(listed) != len(self._free) or len(listed) != counts[FREE]:
-            yield f"{len(self._free)} slots in the free list, {len(listed)} distinct, {counts[FREE]} free"
+        count, listed = sum(map(len, self._free)), {slot_id for free in self._free for slot_id in free}
+        if len(listed) != count or len(listed) != counts[FREE]:
+            yield f"{count} slots in the free list, {len(listed)} distinct, {counts[FREE]} free"
         for slot_id in listed:
             slab = self.slabs.get(slot_id // self.slots_per_slab)
             if slab is None or slab.states[slot_id % self.slots_per_slab] != FREE:
                 yield f"slot {slot_id} is in the free list but not free"
+            elif slot_id not in self._free_on(slab):
+                yield f"slot {slot_id} is in the free list of another drive"
 
     def _locate(self, slot_id: int) -> tuple[Slab, int]:
         serial, slot = divmod(slot_id, self.slots_per_slab)

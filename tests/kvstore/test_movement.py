@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 
 from forebay.kvstore.errors import Draining
-from forebay.kvstore.groups import HOST, NVME, Direction, DriveSlabAssigned, DriveSlabRetired, SlabOpened
+from forebay.kvstore.groups import HOST, NVME, Direction, DriveSlabAssigned, DriveSlabRetired, SlabOpened, Transfer
 from forebay.kvstore.movement import FLUSH_TRIES, LOOK_AGAIN_S, PAUSE_S, Verdict
 from forebay.kvstore.outcome import Outcome, Scope
 from forebay.kvstore.slabs import QUARANTINED, RESIDENT
@@ -842,3 +842,86 @@ def test_sweep_tries_again_what_the_drive_did_not_take() -> None:
     world.store.sweep(30.0)
     world.finish_all()
     assert world.where(chain("a", 2)) == "bb"
+
+
+# --- several drives ------------------------------------------------------------------------------------------------
+
+
+def drives_of(world: TwoTiers, transfers: Sequence[Transfer]) -> set[int]:
+    """Which of two drives these transfers touch."""
+    return {t.shard.spaces[NVME].place(slot)[0] % 2 for t in transfers for slot in t.nvme_slots}
+
+
+def on_two_drives(**world: object) -> TwoTiers:
+    """A namespace with a slab of four slots on each drive, one of which holds a block: the first drive's is next."""
+    made = TwoTiers(slabs=8, nvme={"drives": 2}, **world)  # type: ignore[arg-type]
+    made.persist(made.write(chain("a", 5)) and chain("a", 5))
+    made.store.evict(1, made.ns, Scope.BLOCKS, chain("a", 5)[1:4])
+    return made
+
+
+def test_drive_that_takes_no_writes_leaves_its_turn_to_the_others() -> None:
+    """Both while it is paused and at the first try after that; what is on the other one is written without a pause."""
+    world = on_two_drives()
+    names = chain("b", 1)
+    world.write(names)
+    world.store.persist(1, world.ns, names, world.now)
+    [first] = world.step()
+    [bad] = drives_of(world, [first])
+    world.finish(first, FAILED)
+    world.store.persist(1, world.ns, names, world.now)
+    [again] = world.step()
+    assert drives_of(world, [again]) == {1 - bad}
+    world.finish(again)
+    assert world.where(names) == "b"
+    world.now += PAUSE_S
+    world.write(chain("c", 1))
+    world.store.persist(1, world.ns, chain("c", 1), world.now)
+    assert drives_of(world, world.step()) == {1 - bad}
+
+
+def test_nothing_is_written_while_every_drive_is_paused() -> None:
+    world = on_two_drives()
+    names = chain("b", 6)
+    world.write(names)
+    for _ in range(2):
+        world.store.persist(1, world.ns, names, world.now)
+        world.finish_all(FAILED)
+    world.store.persist(1, world.ns, names, world.now)
+    assert world.step() == []
+    world.now += PAUSE_S
+    world.store.persist(1, world.ns, names, world.now)
+    assert drives_of(world, world.step()) == {0, 1}
+
+
+def test_part_of_a_transfer_that_failed_on_one_drive_pauses_that_drive_alone() -> None:
+    world = on_two_drives()
+    names = chain("b", 6)
+    world.write(names)
+    world.store.persist(1, world.ns, names, world.now)
+    [transfer] = world.step()
+    places = [transfer.shard.spaces[NVME].place(slot)[0] % 2 for slot in transfer.nvme_slots]
+    assert set(places) == {0, 1}
+    world.finish(transfer, *(FAILED if drive == 0 else OK for drive in places))
+    world.store.persist(1, world.ns, names, world.now)
+    assert drives_of(world, world.step()) <= {1}
+    world.finish_all()
+    assert world.where(names).count("b") >= places.count(1)
+
+
+def test_full_tier_makes_room_on_the_drive_that_takes_writes() -> None:
+    """And gives up no more for it than what is coldest: the paused drive's blocks are still read."""
+    world = TwoTiers(slabs=8, drive_slabs=4, nvme={"drives": 2})
+    world.store_on_drive(chain("a", 16))
+    assert world.drive_tier().slots_resident == 16
+    world.write(chain("b", 1))
+    world.store.persist(1, world.ns, chain("b", 1), world.now)
+    [first] = world.step()
+    [bad] = drives_of(world, [first])
+    world.finish(first, FAILED)
+    world.store.persist(1, world.ns, chain("b", 1), world.now)
+    transfers = world.step()
+    assert drives_of(world, transfers) <= {1 - bad}
+    assert world.hits(chain("a", 16)) >= 12
+    world.finish_all()
+    world.check()
