@@ -56,7 +56,7 @@ class RestoringMover:
         self.collected = 0
         mailbox.wake()
 
-    def carry_out(self, effects: object, now: float) -> None: ...
+    def carry_out(self, effects: object, freed: object, now: float) -> None: ...
 
     def collect(self, now: float) -> None:
         self.collected += 1
@@ -108,7 +108,7 @@ def test_store_waits_for_releases_and_not_for_what_comes_back_from_disk(mailbox:
 
 class IdleMemory:
     def carry_out(self, effects: object) -> CarriedOut:
-        return CarriedOut([], [])
+        return CarriedOut([], [], [])
 
 
 def test_what_the_operator_should_know_is_logged_once(
