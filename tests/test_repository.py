@@ -30,7 +30,7 @@ ENVIRONMENT_READERS = {"daemon/config.py", "transports/paths.py"}
 TOOL_TIMEOUT_S = 100
 
 # Tests of something that is no single module: a contract over several, or behaviour of the whole.
-CROSS_CUTTING = {"e2e", "faults", "deploy"}
+CROSS_CUTTING = {"e2e", "engines", "faults", "deploy"}
 WHOLE_FOLDER = {"contract"}
 
 pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())

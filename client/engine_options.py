@@ -1,0 +1,55 @@
+"""Client options out of an engine's own extra-config: what may be set, and typed errors for all else.
+
+Engines hand their connectors a mapping that came from JSON on a command line, so a wrong type or a mistyped key is an
+operator's slip: it must be named when the engine starts, not met inside the serving loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeGuard
+
+from forebay.client.options import ClientOptions
+from forebay.client.sync import Client
+from forebay.kvstore.errors import BadRequest
+
+CLIENT_KEYS = ("runtime_dir", "budget_ms", "timeout_ms", "copy_threads", "verify")
+
+
+def client_options(extra: Mapping[str, object], *, name: str) -> ClientOptions:
+    """Options of the client called `name`; keys that are not given have the client's defaults.
+
+    Raises BadRequest: a key that is none of `CLIENT_KEYS`, or a value of the wrong type or out of bounds.
+    """
+    unknown = sorted(set(extra) - set(CLIENT_KEYS))
+    if unknown:
+        raise BadRequest(f"unknown option {', '.join(unknown)}: there are {', '.join(CLIENT_KEYS)}")
+    values: dict[str, Any] = dict(extra)
+    for key, value in values.items():
+        if key in ("budget_ms", "timeout_ms") and not _is_number(value):
+            raise BadRequest(f"{key} is a number of milliseconds, not {value!r}")
+        if key == "copy_threads" and type(value) is not int:
+            raise BadRequest(f"copy_threads is a whole number, not {value!r}")
+        if key in ("runtime_dir", "verify") and not isinstance(value, str):
+            raise BadRequest(f"{key} is text, not {value!r}")
+    return ClientOptions(name=name, checksum_stores=values.get("verify") == "load", **values)
+
+
+def client_of(options: ClientOptions) -> Client:
+    """A client with these options; it does not connect yet."""
+    return Client(
+        options.runtime_dir,
+        options.name,
+        options.client_group,
+        strict=options.strict,
+        budget_ms=options.budget_ms,
+        timeout_ms=options.timeout_ms,
+        copy_threads=options.copy_threads,
+        copy_cpus=options.copy_cpus,
+        verify=options.verify,
+        checksum_stores=options.checksum_stores,
+    )
+
+
+def _is_number(value: object) -> TypeGuard[int | float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)

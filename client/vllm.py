@@ -1,0 +1,258 @@
+"""The vLLM connector: ``{"kv_connector": "ForebayConnector", "kv_connector_module_path": "forebay.client.vllm"}``.
+
+vLLM builds the class twice, for the scheduler and for each worker; each builds its half (`vllm_scheduler`,
+`vllm_worker`), and this is the thin layer of vLLM's names between. Loads and stores are asynchronous and of whole
+blocks: they overlap with the computation of other requests. Waiting layer by layer was left out: it would keep a whole
+step waiting for one request's load, and the engine from graphs of its forward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from forebay.client.copier import NumpyCopier
+from forebay.client.engine_options import CLIENT_KEYS, client_of, client_options
+from forebay.client.vllm_layout import (
+    Engine,
+    Geometry,
+    check_version,
+    layer_pages,
+    namespace_spec,
+    refuse_unsupported,
+    segment_table,
+)
+from forebay.client.vllm_memory import EngineMemory, HostMemory, StagedMemory
+from forebay.client.vllm_scheduler import LeaseDesk, VllmScheduler
+from forebay.client.vllm_stats import ForebayMetrics, ForebayStats
+from forebay.client.vllm_work import StepWork
+from forebay.client.vllm_worker import VllmWorker
+from forebay.kvstore.errors import BadRequest
+from forebay.kvstore.namespace import NamespaceSpec
+
+try:
+    import torch
+    import vllm
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+        KVConnectorBase_V1,
+        KVConnectorMetadata,
+        KVConnectorRole,
+        SupportsHMA,
+    )
+except ImportError as error:
+    raise ImportError(f"forebay.client.vllm runs inside vLLM, which could not be imported: {error}") from error
+
+OWN_KEYS = ("model", "revision", "tenant_salt", "scheduler_wait_ms")
+SCHEDULER_WAIT_MS = 2.0
+
+
+class ForebayMetadata(StepWork, KVConnectorMetadata):
+    """One step's work, as vLLM wants it typed."""
+
+
+class ForebayConnector(KVConnectorBase_V1, SupportsHMA):
+    """See the module. Wrong settings and models that cannot be kept are typed errors when the engine starts."""
+
+    def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:
+        check_version(str(vllm.__version__))
+        super().__init__(vllm_config, role, kv_cache_config)
+        extra = dict(vllm_config.kv_transfer_config.kv_connector_extra_config or {})
+        own, wait_ms = _own_options(extra)
+        options = client_options(
+            {key: extra[key] for key in extra if key not in OWN_KEYS}, name=f"vllm {role.name.lower()}"
+        )
+        refuse_unsupported(vllm_config.parallel_config)
+        self._geometry = Geometry.of(kv_cache_config, vllm_config.cache_config)
+        engine = _engine(vllm_config, self._geometry, role)
+        self._spec = namespace_spec(vllm_config, kv_cache_config, self._geometry, engine, own)
+        self._client = client_of(options)
+        self._scheduler: VllmScheduler | None = None
+        self._worker: VllmWorker | None = None
+        transfer = vllm_config.kv_transfer_config
+        if role == KVConnectorRole.SCHEDULER:
+            self._scheduler = VllmScheduler(
+                LeaseDesk(self._client),
+                self._client.open_namespace(self._spec),
+                self._geometry,
+                wait_s=wait_ms / 1000,
+                give_up_s=options.timeout_ms / 1000,
+                loads=bool(transfer.is_kv_consumer),
+                stores=bool(transfer.is_kv_producer),
+            )
+        else:
+            self._worker = VllmWorker(self._client, self._namespace, self._spec.block_bytes)
+
+    def _namespace(self, reset: str) -> Any:
+        """The namespace after the reset of that name."""
+        return self._client.open_namespace(self._spec if not reset else _after_reset(self._spec, reset))
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        """A store that is lost is a miss to come, no more."""
+        return False
+
+    # Scheduler
+
+    @property
+    def _planning(self) -> VllmScheduler:
+        assert self._scheduler is not None, "a scheduler's hook in a worker"
+        return self._scheduler
+
+    def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
+        return self._planning.matched(request, num_computed_tokens)
+
+    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
+        self._planning.allocated(request, blocks.get_block_ids()[0], num_external_tokens)
+
+    def build_connector_meta(self, scheduler_output: Any) -> ForebayMetadata:
+        work = self._planning.step(scheduler_output)
+        return ForebayMetadata(work.loads, work.stores, work.fresh, work.reset)
+
+    def update_connector_output(self, connector_output: Any) -> None:
+        self._planning.loaded(connector_output.finished_recving or ())
+
+    def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        self._planning.finished(str(request.request_id))
+        return False, None
+
+    def request_finished_all_groups(
+        self, request: Any, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        return self.request_finished(request, block_ids[0])
+
+    def reset_cache(self) -> bool | None:
+        self._planning.reset(self._namespace)
+        return True
+
+    # Worker
+
+    @property
+    def _moving(self) -> VllmWorker:
+        assert self._worker is not None, "a worker's hook in the scheduler"
+        return self._worker
+
+    def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
+        self._moving.register(self._memory(kv_caches))
+
+    def _memory(self, kv_caches: Mapping[str, Any]) -> EngineMemory:
+        pages = layer_pages(kv_caches, self._geometry, self._kv_cache_config)
+        if all(page.device.type == "cpu" for page in pages):
+            table = segment_table(kv_caches, self._geometry, self._kv_cache_config)
+            return HostMemory(table, NumpyCopier())
+        return StagedMemory(pages, self._geometry.page_bytes, torch)
+
+    def handle_preemptions(self, kv_connector_metadata: Any) -> None:
+        self._moving.begin(kv_connector_metadata)
+
+    def bind_connector_metadata(self, connector_metadata: Any) -> None:
+        super().bind_connector_metadata(connector_metadata)
+        self._moving.begin(connector_metadata)
+
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        self._moving.start_loads()
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Loads are over before their request runs."""
+
+    def save_kv_layer(self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any) -> None:
+        """Blocks are stored whole, after the step."""
+
+    def wait_for_save(self) -> None:
+        self._moving.start_stores(_device_mark())
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        return None, self._moving.take_loaded() or None
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        return self._moving.take_failed_blocks()
+
+    def get_kv_connector_stats(self) -> ForebayStats | None:
+        counts = self._worker.take_counts() if self._worker is not None else {}
+        return ForebayStats(data=dict(counts)) if counts else None
+
+    def shutdown(self) -> None:
+        if self._scheduler is not None:
+            self._scheduler.close()
+        if self._worker is not None:
+            self._worker.close()
+        self._client.close()
+
+    # Metrics
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> ForebayStats:
+        return ForebayStats(data=dict(data or {}))
+
+    @classmethod
+    def build_prom_metrics(
+        cls, vllm_config: Any, metric_types: Any, labelnames: list[str], per_engine_labelvalues: dict[int, list[object]]
+    ) -> ForebayMetrics:
+        return ForebayMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+
+
+def _own_options(extra: Mapping[str, object]) -> tuple[dict[str, str], float]:
+    """What is ours of the extra-config. Raises BadRequest; keys of nobody are left to `client_options`."""
+    unknown = sorted(set(extra) - {*OWN_KEYS, *CLIENT_KEYS})
+    if unknown:
+        raise BadRequest(f"unknown option {', '.join(unknown)}: there are {', '.join((*OWN_KEYS, *CLIENT_KEYS))}")
+    texts: dict[str, str] = {}
+    for key in ("model", "revision", "tenant_salt"):
+        value = extra.get(key, "")
+        if not isinstance(value, str):
+            raise BadRequest(f"{key} is text, not {value!r}")
+        texts[key] = value
+    wait_ms = extra.get("scheduler_wait_ms", SCHEDULER_WAIT_MS)
+    if isinstance(wait_ms, bool) or not isinstance(wait_ms, int | float) or not 0 <= wait_ms <= 100:
+        raise BadRequest(f"scheduler_wait_ms is a number of milliseconds from 0 to 100, not {wait_ms!r}")
+    return texts, float(wait_ms)
+
+
+def _engine(vllm_config: Any, geometry: Geometry, role: Any) -> Engine:
+    from vllm.platforms import current_platform
+
+    ranks, rank = int(vllm_config.parallel_config.tensor_parallel_size), 0
+    if role == KVConnectorRole.WORKER:
+        from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
+
+        rank = int(get_tensor_model_parallel_rank())
+    device = str(current_platform.device_type)
+    packing = _cpu_packing(vllm_config, geometry) if device == "cpu" else str(current_platform.get_device_name())
+    return Engine(str(vllm.__version__), device, packing, _hash_seed(vllm_config), rank, ranks)
+
+
+def _cpu_packing(vllm_config: Any, geometry: Geometry) -> str:
+    """The instruction set, after which vLLM's CPU attention packs keys and values inside a page."""
+    from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+
+    model, cache = vllm_config.model_config, vllm_config.cache_config
+    return str(_get_attn_isa(model.dtype, geometry.block_tokens, model.get_head_size(), cache.cache_dtype))
+
+
+def _hash_seed(vllm_config: Any) -> str:
+    """What the engine's block hashes start from. Raises BadRequest when that is drawn anew in each process."""
+    from vllm.utils.hashing import get_hash_fn_by_name
+    from vllm.v1.core.kv_cache_utils import resolve_none_hash_seed
+
+    function = get_hash_fn_by_name(vllm_config.cache_config.prefix_caching_hash_algo)
+    seed = str(resolve_none_hash_seed(function))
+    if seed != str(resolve_none_hash_seed(function)):
+        raise BadRequest("the block hashes start from a random seed: use sha256_cbor, or set PYTHONHASHSEED")
+    return seed
+
+
+def _device_mark() -> Any:
+    """What a store waits for: on a GPU everything queued so far, on a CPU nothing."""
+    if not torch.cuda.is_available():
+        return _nothing
+    event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record()
+    return event.synchronize
+
+
+def _nothing() -> None:
+    return None
+
+
+def _after_reset(spec: NamespaceSpec, reset: str) -> NamespaceSpec:
+    return replace(spec, revision=f"{spec.revision}+{reset}")

@@ -1,0 +1,48 @@
+"""What the scheduler's side tells the workers each step: plain records, engine-free, safe to send between processes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Blocks to bring into the engine's memory before the request may run.
+
+    Attributes:
+        hashes: names of consecutive blocks of one prompt.
+        block_ids: where each goes; nobody else uses these until the load is reported finished.
+    """
+
+    request_id: str
+    hashes: tuple[bytes, ...]
+    block_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Store:
+    """Blocks that are whole once this step has run.
+
+    Attributes:
+        parent: name of the block before the first; empty at the start of a prompt.
+    """
+
+    request_id: str
+    parent: bytes
+    hashes: tuple[bytes, ...]
+    block_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StepWork:
+    """One step's work.
+
+    Attributes:
+        fresh: block ids that this step may overwrite: what is still being copied out of them counts no more.
+        reset: names the private namespace after the engine's caches were reset; empty before that.
+    """
+
+    loads: tuple[Load, ...] = ()
+    stores: tuple[Store, ...] = ()
+    fresh: frozenset[int] = frozenset()
+    reset: str = ""

@@ -1,0 +1,288 @@
+"""A worker's half of the vLLM connector: copies between the engine's blocks and forebay, on threads of its own.
+
+A load goes straight into the blocks that vLLM assigned and keeps for it. What could not be loaded is told block by
+block, for vLLM to compute. A store copies out of blocks that vLLM may give away at any time; it is told so before
+anything is overwritten (`StepWork.fresh`): what was copied by then is published, all else is thrown away. That order
+needs no lock: a mark found unset after a copy says that the copy had ended before any overwriting began.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from forebay.client.results import BlockOutcome, FetchResult, RemovalResult
+from forebay.client.segments import SegmentTable
+from forebay.client.vllm_memory import EngineMemory
+from forebay.client.vllm_work import Load, StepWork, Store
+from forebay.kvstore.errors import ForebayError
+from forebay.transports.messages import EvictScope
+
+LOAD_THREADS = 2
+STORE_JOBS_MAX = 1024
+STORE_PART_BLOCKS = 128
+SPARE_S = 0.02
+"""How long a step may wait for copies out of blocks that it is about to overwrite, so that they are not lost."""
+
+CLOSE_S = 5.0
+BAD_MAX = 1024
+
+
+class BlockClient(Protocol):
+    """What this side asks of a client; `forebay.client.Client` is one."""
+
+    def fetch(self, ns: Any, hashes: Sequence[bytes], destination: object, block_ids: Sequence[int]) -> FetchResult: ...
+
+    def reserve(self, ns: Any, hashes: Sequence[bytes], parent: bytes = b"") -> Any: ...
+
+    def evict(self, ns: Any, hashes: Sequence[bytes], scope: EvictScope) -> RemovalResult: ...
+
+
+@dataclass(slots=True, eq=False)
+class _StoreJob:
+    """A store under way.
+
+    Attributes:
+        ready: waits for the engine's device to have written the blocks.
+        revoked: its blocks are about to be overwritten.
+        copied: nothing is read from its blocks any more.
+    """
+
+    store: Store
+    ns: Any
+    ready: Callable[[], object]
+    blocks: frozenset[int]
+    revoked: bool = False
+    copied: threading.Event = field(default_factory=threading.Event)
+
+
+class Counts:
+    """What happened since it was last asked; may be used by several threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._values: dict[str, float] = {}
+
+    def add(self, **values: float) -> None:
+        with self._lock:
+            for name, value in values.items():
+                if value:
+                    self._values[name] = self._values.get(name, 0) + value
+
+    def take(self) -> dict[str, float]:
+        with self._lock:
+            values, self._values = self._values, {}
+        return values
+
+
+class VllmWorker:
+    """For one rank. Methods are called by the engine's thread.
+
+    Args:
+        ns_of: the namespace after the reset of that name; empty: the first one.
+    """
+
+    def __init__(self, client: BlockClient, ns_of: Callable[[str], Any], block_bytes: int) -> None:
+        self._client = client
+        self._ns_of = ns_of
+        self._ns = ns_of("")
+        self._reset = ""
+        self._block_bytes = block_bytes
+        self._memory: EngineMemory | None = None
+        self._work = StepWork()
+        self._lock = threading.Lock()
+        self._jobs: set[_StoreJob] = set()
+        self._loaded: set[str] = set()
+        self._failed_blocks: set[int] = set()
+        self._bad: dict[bytes, None] = {}
+        self._counts = Counts()
+        self._loaders = ThreadPoolExecutor(LOAD_THREADS, "forebay-load")
+        self._queue: queue.SimpleQueue[_StoreJob | None] = queue.SimpleQueue()
+        self._storer = threading.Thread(target=self._run_stores, name="forebay-store", daemon=True)
+        self._storer.start()
+        self._closed = False
+
+    def register(self, memory: EngineMemory) -> None:
+        self._memory = memory
+
+    # What a step calls, in order
+
+    def begin(self, work: StepWork) -> None:
+        """Before anything of the step runs. Blocking: `SPARE_S` at most, where copies out of its blocks are under way.
+
+        Once a step: told the same work again it does nothing.
+        """
+        if work is self._work:
+            return
+        self._work = work
+        if work.reset != self._reset:
+            self._reset, self._ns = work.reset, self._ns_of(work.reset)
+        if not work.fresh:
+            return
+        with self._lock:
+            touched = [job for job in self._jobs if not job.blocks.isdisjoint(work.fresh)]
+        deadline = time.monotonic() + SPARE_S
+        for job in touched:
+            if not job.copied.wait(max(0.0, deadline - time.monotonic())):
+                job.revoked = True
+
+    def start_loads(self) -> None:
+        for load in self._work.loads:
+            future = self._loaders.submit(self._load, load, self._ns)
+            future.add_done_callback(lambda done, load=load: self._ended(load, done))  # type: ignore[misc]
+
+    def start_stores(self, ready: Callable[[], object]) -> None:
+        """`ready` returns when the device has written the step's blocks; it is called on another thread."""
+        for store in self._work.stores:
+            job = _StoreJob(store, self._ns, ready, frozenset(store.block_ids))
+            with self._lock:
+                if len(self._jobs) >= STORE_JOBS_MAX or self._closed:
+                    self._counts.add(dropped_blocks=len(store.hashes))
+                    continue
+                self._jobs.add(job)
+            self._queue.put(job)
+
+    def take_loaded(self) -> set[str]:
+        """Requests whose loads have ended, well or not, since the last call."""
+        with self._lock:
+            loaded, self._loaded = self._loaded, set()
+        return loaded
+
+    def take_failed_blocks(self) -> set[int]:
+        """Blocks of those that are not what they should be; ask after `take_loaded`."""
+        with self._lock:
+            failed, self._failed_blocks = self._failed_blocks, set()
+        return failed
+
+    def take_counts(self) -> dict[str, float]:
+        return self._counts.take()
+
+    @property
+    def open_stores(self) -> int:
+        with self._lock:
+            return len(self._jobs)
+
+    def close(self) -> None:
+        """Let what was given be stored, for `CLOSE_S` at most; then end. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        self._queue.put(None)
+        self._storer.join(CLOSE_S)
+        with self._lock:
+            for job in self._jobs:
+                job.revoked = True
+        self._loaders.shutdown(wait=False, cancel_futures=True)
+
+    # Loading, on the loaders' threads
+
+    def _load(self, load: Load, ns: Any) -> FetchResult:
+        assert self._memory is not None, "loads before the caches were registered"
+        begun = time.perf_counter()
+
+        def fetch(hashes: Sequence[bytes], table: SegmentTable, block_ids: Sequence[int]) -> FetchResult:
+            return self._client.fetch(ns, hashes, table, block_ids)
+
+        result = self._memory.load(fetch, load.hashes, load.block_ids)
+        if result.reason == "corrupt":
+            self._mark_bad(load.hashes[result.blocks])
+        self._counts.add(
+            loads=1,
+            loaded_blocks=result.blocks,
+            loaded_bytes=result.blocks * self._block_bytes,
+            load_seconds=time.perf_counter() - begun,
+        )
+        return result
+
+    def _ended(self, load: Load, future: Future[FetchResult]) -> None:
+        """However a load ended, its request is told of: vLLM would wait for it for ever."""
+        right = 0
+        if not future.cancelled() and future.exception() is None:
+            right = future.result().blocks
+        failed = load.block_ids[right:]
+        self._counts.add(failed_blocks=len(failed))
+        with self._lock:
+            self._failed_blocks.update(failed)
+            self._loaded.add(load.request_id)
+
+    def _mark_bad(self, name: bytes) -> None:
+        with self._lock:
+            self._bad[name] = None
+            if len(self._bad) > BAD_MAX:
+                del self._bad[next(iter(self._bad))]
+
+    # Storing, on the storer's thread
+
+    def _run_stores(self) -> None:
+        while (job := self._queue.get()) is not None:
+            begun = time.perf_counter()
+            try:
+                self._store(job)
+            except ForebayError:
+                self._counts.add(store_errors=1)
+            finally:
+                job.copied.set()
+                with self._lock:
+                    self._jobs.discard(job)
+                self._counts.add(stores=1, store_seconds=time.perf_counter() - begun)
+
+    def _store(self, job: _StoreJob) -> None:
+        if not job.revoked:
+            job.ready()
+        parent, hashes, ids = job.store.parent, job.store.hashes, job.store.block_ids
+        self._remove_bad(job)
+        for first in range(0, len(hashes), STORE_PART_BLOCKS):
+            part = hashes[first : first + STORE_PART_BLOCKS]
+            last = first + len(part) >= len(hashes)
+            if not self._store_part(job, parent, part, ids[first : first + len(part)], last=last):
+                return
+            parent = part[-1]
+
+    def _store_part(
+        self, job: _StoreJob, parent: bytes, hashes: Sequence[bytes], ids: Sequence[int], *, last: bool
+    ) -> bool:
+        """Whether what follows has a place to go to."""
+        assert self._memory is not None, "stores before the caches were registered"
+        if job.revoked:
+            self._counts.add(revoked_blocks=len(hashes))
+            return False
+        with self._client.reserve(job.ns, hashes, parent) as reservation:
+            codes = reservation.codes
+            granted = [i for i, code in enumerate(codes) if code == BlockOutcome.STORED]
+            views = reservation.views()
+            if views:
+                self._memory.gather([ids[i] for i in granted[: len(views)]], views)
+            if job.revoked:
+                self._counts.add(revoked_blocks=len(granted))
+                return False
+            if last:
+                job.copied.set()
+            stored = reservation.commit(range(len(views), len(granted))) if granted else 0
+        self._counts.add(
+            stored_blocks=stored,
+            stored_bytes=stored * self._block_bytes,
+            present_blocks=len(codes) - len(granted) - _refused(codes),
+            rejected_blocks=_refused(codes) + len(granted) - stored,
+        )
+        return not _refused(codes) and stored == len(granted)
+
+    def _remove_bad(self, job: _StoreJob) -> None:
+        """A block whose checksum was wrong goes, with what follows it, before its right bytes are offered."""
+        with self._lock:
+            bad = [name for name in job.store.hashes if name in self._bad]
+        for name in bad[:1]:
+            if not self._client.evict(job.ns, [name], EvictScope.PREFIX).kept:
+                with self._lock:
+                    self._bad.pop(name, None)
+
+
+_FOUND = (BlockOutcome.STORED, BlockOutcome.PRESENT, BlockOutcome.IN_FLIGHT)
+
+
+def _refused(codes: bytes) -> int:
+    return sum(code not in _FOUND for code in codes)

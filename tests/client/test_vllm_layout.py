@@ -1,0 +1,196 @@
+"""What of vLLM's cache is taken and what is refused, with stand-ins for vLLM's objects."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from forebay.client.vllm_layout import Engine, Geometry, check_version, layer_pages, namespace_spec, segment_table
+from forebay.kvstore.errors import BadRequest, LayoutError
+
+torch = pytest.importorskip("torch", reason="torch is not installed")
+
+BLOCKS, BLOCK, HEADS, HEAD = 5, 16, 2, 8
+PAGE = BLOCK * HEADS * HEAD * 2 * 4
+ENGINE = Engine("0.32.0", "cpu", "vec", "seed", 0, 1)
+
+
+class FullAttentionSpec(SimpleNamespace):
+    """Bears the name of vLLM's."""
+
+
+class MLAAttentionSpec(SimpleNamespace):
+    """Bears the name of vLLM's."""
+
+
+class SlidingWindowSpec(SimpleNamespace):
+    """Bears the name of vLLM's."""
+
+
+def spec_of(kind: type[SimpleNamespace] = FullAttentionSpec, **changes: Any) -> Any:
+    fields = {"block_size": BLOCK, "page_size_bytes": PAGE, "num_kv_heads": HEADS, "head_size": HEAD}
+    return kind(**{**fields, "dtype": torch.float32, **changes})
+
+
+def cache_config(*specs: Any, **changes: Any) -> Any:
+    groups = [SimpleNamespace(layer_names=["a", "b"], kv_cache_spec=spec) for spec in specs or (spec_of(),)]
+    tensors = [SimpleNamespace(layers=["a", "b"], block_stride=PAGE)]
+    fields = {"num_blocks": BLOCKS, "kv_cache_groups": groups, "kv_cache_tensors": tensors}
+    return SimpleNamespace(**{**fields, "kv_cache_layout": "LBHNC", "hash_block_size": None, **changes})
+
+
+def engine_config(model: str = "a-model", **changes: Any) -> Any:
+    config = SimpleNamespace(to_dict=lambda: {"layers": 2}, _commit_hash=changes.pop("commit", None))
+    fields = {"model": model, "revision": None, "dtype": torch.float32, "hf_config": config, "quantization": None}
+    hashes = changes.pop("prefix_caching_hash_algo", "sha256")
+    cache = SimpleNamespace(block_size=BLOCK, cache_dtype="auto", prefix_caching_hash_algo=hashes)
+    parallel = SimpleNamespace(pipeline_parallel_size=changes.pop("pipeline", 1))
+    return SimpleNamespace(
+        model_config=SimpleNamespace(**{**fields, **changes}), cache_config=cache, parallel_config=parallel
+    )
+
+
+def geometry_of(config: Any) -> Geometry:
+    return Geometry.of(config, SimpleNamespace(block_size=BLOCK))
+
+
+def fingerprint(vllm: Any, engine: Engine = ENGINE, config: Any = None, **extra: str) -> bytes:
+    config = config or cache_config()
+    return namespace_spec(vllm, config, geometry_of(config), engine, extra).fingerprint()
+
+
+@pytest.mark.parametrize("version", ["0.32.0", "0.33.1rc2", "dev"])
+def test_versions_of_the_range_are_taken(version: str) -> None:
+    check_version(version)
+
+
+@pytest.mark.parametrize("version", ["0.31.9", "0.34.0", "1.0"])
+def test_other_versions_are_refused_with_the_range(version: str) -> None:
+    with pytest.raises(BadRequest, match=r"0\.32 to 0\.33"):
+        check_version(version)
+
+
+def test_hybrid_models_are_refused_with_what_to_do() -> None:
+    with pytest.raises(LayoutError, match="disable-hybrid-kv-cache-manager"):
+        geometry_of(cache_config(spec_of(), spec_of()))
+    with pytest.raises(LayoutError, match="SlidingWindowSpec"):
+        geometry_of(cache_config(spec_of(SlidingWindowSpec)))
+
+
+def test_last_hash_of_a_block_is_its_name() -> None:
+    geometry = geometry_of(cache_config(hash_block_size=8))
+    hashes = [bytes([i]) * 32 for i in range(5)]
+    assert geometry.hash_step == 2
+    assert geometry.names_of(hashes) == [hashes[1], hashes[3]]
+    with pytest.raises(LayoutError, match="multiple"):
+        geometry_of(cache_config(hash_block_size=12))
+
+
+def test_layers_of_different_pages_lie_in_the_order_of_the_group() -> None:
+    both = SimpleNamespace(
+        block_size=BLOCK,
+        kv_cache_specs={"b": spec_of(page_size_bytes=64), "a": spec_of(MLAAttentionSpec, page_size_bytes=32)},
+    )
+    geometry = geometry_of(cache_config(both))
+    assert (geometry.layers, geometry.page_bytes, geometry.replicated) == (("a", "b"), (32, 64), False)
+    assert geometry_of(cache_config(spec_of(MLAAttentionSpec))).replicated
+
+
+def test_all_that_makes_bytes_differ_makes_the_namespace_differ(tmp_path: Path) -> None:
+    """Two engines share blocks exactly when each of these agrees."""
+    fp8 = cache_config(spec_of(dtype=torch.float8_e4m3fn))
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(b"weights")
+    local = engine_config(str(folder))
+    known = [
+        fingerprint(engine_config()),
+        fingerprint(engine_config("another")),
+        fingerprint(engine_config(revision="r1")),
+        fingerprint(engine_config(commit="c1")),
+        fingerprint(engine_config(dtype=torch.bfloat16)),
+        fingerprint(engine_config(quantization="fp8")),
+        fingerprint(engine_config(prefix_caching_hash_algo="sha256_cbor")),
+        fingerprint(engine_config(), config=fp8),
+        fingerprint(engine_config(), config=cache_config(kv_cache_layout="BLHNC")),
+        fingerprint(engine_config(), config=cache_config(spec_of(block_size=32))),
+        fingerprint(engine_config(), config=cache_config(spec_of(num_kv_heads=1, head_size=16))),
+        fingerprint(engine_config(), config=cache_config(spec_of(MLAAttentionSpec))),
+        fingerprint(engine_config(), config=cache_config(hash_block_size=8)),
+        fingerprint(engine_config(), revision="mine"),
+        fingerprint(engine_config(), tenant_salt="secret"),
+        fingerprint(local),
+        *(
+            fingerprint(engine_config(), replace(ENGINE, **change))
+            for change in (
+                {"version": "0.33.0"},
+                {"device": "cuda"},
+                {"packing": "amx"},
+                {"hash_seed": "0"},
+                {"ranks": 2},
+                {"ranks": 2, "rank": 1},
+            )
+        ),
+    ]
+    (folder / "model.safetensors").write_bytes(b"others!!")
+    known.append(fingerprint(local))
+    assert len(set(known)) == len(known)
+    assert fingerprint(engine_config(), replace(ENGINE, version="0.32.9")) == known[0]
+
+
+def test_ranks_of_one_group_share_the_group_and_not_the_shard() -> None:
+    specs = [
+        namespace_spec(
+            engine_config(), cache_config(), geometry_of(cache_config()), replace(ENGINE, rank=r, ranks=2), {}
+        )
+        for r in range(2)
+    ]
+    assert specs[0].group_fingerprint() == specs[1].group_fingerprint()
+    assert specs[0].fingerprint() != specs[1].fingerprint()
+
+
+def test_pipelines_and_unknown_hashes_are_refused() -> None:
+    with pytest.raises(BadRequest, match="pipeline_parallel_size"):
+        fingerprint(engine_config(pipeline=2))
+    with pytest.raises(BadRequest, match="md5"):
+        fingerprint(engine_config(prefix_caching_hash_algo="md5"))
+
+
+@pytest.mark.parametrize("blocks_last", [False, True])
+def test_table_is_of_the_memory_that_was_allocated(blocks_last: bool) -> None:
+    """Fused pages, K and V on an axis before the blocks, and kernels with smaller blocks: one table describes each."""
+    shape = (2, BLOCKS, BLOCK, HEADS, HEAD) if blocks_last else (BLOCKS, HEADS, BLOCK, 2 * HEAD)
+    config = cache_config(kv_cache_tensors=[SimpleNamespace(layers=["a", "b"], block_stride=0)])
+    tensors = {name: torch.zeros(shape) for name in ("a", "b")}
+    table = segment_table(tensors, geometry_of(config), config)
+    assert (table.blocks, table.block_bytes, table.writable) == (BLOCKS, 2 * PAGE, True)
+
+
+def test_smaller_blocks_of_the_kernels_are_joined() -> None:
+    tensors = {name: torch.arange(BLOCKS * 2 * 4).reshape(BLOCKS * 2, 4) for name in ("a", "b")}
+    geometry = geometry_of(cache_config(spec_of(page_size_bytes=64)))
+    config = cache_config(kv_cache_tensors=[SimpleNamespace(layers=["a", "b"], block_stride=64)])
+    pages = layer_pages(tensors, geometry, config)
+    assert pages[0].shape == (BLOCKS, 2, 4)
+    assert segment_table(tensors, geometry, config).blocks == BLOCKS
+
+
+def test_memory_other_than_planned_is_refused() -> None:
+    config, geometry = cache_config(), geometry_of(cache_config())
+    good = torch.zeros((BLOCKS, PAGE // 4))
+    for tensors, words in (
+        ({"a": good}, "no cache for b"),
+        ({"a": good, "b": torch.zeros((BLOCKS + 1, PAGE // 4))}, "no axis"),
+        ({"a": good, "b": torch.zeros((BLOCKS, PAGE // 2))}, "no axis"),
+        ({"a": good, "b": torch.zeros((BLOCKS, PAGE // 2))[:, : PAGE // 4]}, "no axis"),
+        ({"a": good, "b": [good, good]}, "several tensors"),
+    ):
+        with pytest.raises(LayoutError, match=words):
+            segment_table(tensors, geometry, config)
+    loose = cache_config(kv_cache_tensors=[])
+    with pytest.raises(LayoutError, match="vLLM planned"):
+        segment_table({"a": good, "b": torch.zeros((BLOCKS, PAGE // 2))}, geometry, loose)

@@ -1,0 +1,282 @@
+"""The scheduler's half with stand-ins for vLLM's requests and for the client: promises, leases, what is stored."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from forebay.client.vllm_layout import Geometry
+from forebay.client.vllm_scheduler import LEASE_USE_S, LeaseDesk, VllmScheduler
+from forebay.client.vllm_work import StepWork
+
+BLOCK = 16
+GEOMETRY = Geometry(("a",), (64,), BLOCK, 1, ("x",), False)
+WAIT_S = 5.0
+
+
+class FakeLease:
+    def __init__(self, blocks: int) -> None:
+        self.blocks = blocks
+        self.released = 0
+
+    def __len__(self) -> int:
+        return self.blocks
+
+    def release(self) -> None:
+        self.released += 1
+
+
+class FakeClient:
+    """Holds `stored` blocks of any chain; `open_` is closed while it does not answer."""
+
+    def __init__(self, stored: int) -> None:
+        self.stored = stored
+        self.open_ = threading.Event()
+        self.open_.set()
+        self.leases: list[FakeLease] = []
+        self.asked: list[Sequence[bytes]] = []
+        self.entered = threading.Event()
+
+    def acquire(self, ns: Any, hashes: Sequence[bytes], ttl_ms: int = 0) -> FakeLease:
+        self.entered.set()
+        assert self.open_.wait(WAIT_S)
+        self.asked.append(hashes)
+        lease = FakeLease(min(self.stored, len(hashes)))
+        self.leases.append(lease)
+        return lease
+
+    @property
+    def held(self) -> int:
+        return sum(not lease.released for lease in self.leases)
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Rig:
+    def __init__(self, stored: int = 100, wait_s: float = WAIT_S, **options: Any) -> None:
+        self.client, self.clock = FakeClient(stored), Clock()
+        self.desk = LeaseDesk(self.client, self.clock)
+        self.scheduler = VllmScheduler(
+            self.desk, "ns", GEOMETRY, wait_s=wait_s, give_up_s=1.0, clock=self.clock, **options
+        )
+
+    def admit(self, request: Any, computed: int = 0) -> int:
+        """One scheduling of a waiting request up to its load; returns the tokens promised."""
+        tokens, asynchronous = self.scheduler.matched(request, computed)
+        assert tokens is not None
+        assert asynchronous == (tokens > 0)
+        self.scheduler.allocated(request, list(range(100, 200)), tokens)
+        return tokens
+
+
+@pytest.fixture
+def rig() -> Iterator[Rig]:
+    made = Rig()
+    yield made
+    made.client.open_.set()
+    made.scheduler.close()
+    assert made.client.held == 0
+
+
+def request_of(tokens: int, id_: str = "r") -> Any:
+    hashes = [i.to_bytes(32, "little") for i in range(tokens // BLOCK)]
+    return SimpleNamespace(request_id=id_, num_tokens=tokens, block_hashes=hashes, num_preemptions=0)
+
+
+def step_of(new: Sequence[Any] = (), cached: Sequence[Any] = (), **scheduled: int) -> Any:
+    """What the scheduler decided: new are (id, blocks, computed), cached (id, blocks or None, computed, resumed)."""
+    return SimpleNamespace(
+        scheduled_new_reqs=[SimpleNamespace(req_id=i, block_ids=(b,), num_computed_tokens=c) for i, b, c in new],
+        scheduled_cached_reqs=SimpleNamespace(
+            req_ids=[i for i, _, _, _ in cached],
+            new_block_ids=[None if b is None else (b,) for _, b, _, _ in cached],
+            num_computed_tokens=[c for _, _, c, _ in cached],
+            resumed_req_ids={i for i, _, _, resumed in cached if resumed},
+        ),
+        num_scheduled_tokens=scheduled,
+    )
+
+
+@pytest.mark.parametrize(("tokens", "blocks"), [(BLOCK, 0), (BLOCK + 1, 1), (4 * BLOCK, 3), (4 * BLOCK + 5, 4)])
+def test_last_token_is_always_computed(rig: Rig, tokens: int, blocks: int) -> None:
+    assert rig.scheduler.matched(request_of(tokens), 0)[0] == blocks * BLOCK
+
+
+def test_local_hit_is_taken_from_the_argument(rig: Rig) -> None:
+    request = request_of(10 * BLOCK)
+    assert rig.admit(request, 3 * BLOCK) == 6 * BLOCK
+    work = rig.scheduler.step(step_of())
+    assert work.loads[0].hashes == tuple(request.block_hashes[3:9])
+    assert work.loads[0].block_ids == tuple(range(103, 109))
+    assert set(work.loads[0].block_ids) <= work.fresh
+
+
+def test_lease_is_held_from_the_promise_to_the_end_of_the_load(rig: Rig) -> None:
+    rig.admit(request_of(10 * BLOCK))
+    rig.scheduler.step(step_of())
+    assert rig.client.held == 1
+    rig.scheduler.loaded({"r"})
+    assert (rig.client.held, rig.scheduler.open_leases) == (0, 0)
+    assert rig.scheduler.step(step_of()) == StepWork()
+
+
+def test_second_call_after_the_load_loads_nothing(rig: Rig) -> None:
+    """vLLM tells of the allocation twice; the second time there is nothing to load."""
+    request = request_of(10 * BLOCK)
+    rig.admit(request)
+    rig.scheduler.step(step_of())
+    rig.scheduler.allocated(request, list(range(100, 200)), 0)
+    assert rig.scheduler.step(step_of()).loads == ()
+    assert rig.client.held == 1
+
+
+@pytest.mark.parametrize("when", ["asked", "promised", "allocated", "stepped"])
+def test_abort_releases_the_lease_whenever_it_comes(rig: Rig, when: str) -> None:
+    request = request_of(10 * BLOCK)
+    if when == "asked":
+        rig.client.open_.clear()
+        rig.scheduler._wait_s = 0.0
+        assert rig.scheduler.matched(request, 0) == (None, False)
+        assert rig.client.entered.wait(WAIT_S)
+    elif when == "promised":
+        rig.scheduler.matched(request, 0)
+    else:
+        rig.admit(request)
+        if when == "stepped":
+            rig.scheduler.step(step_of())
+    rig.scheduler.finished("r")
+    rig.client.open_.set()
+    rig.desk.close()
+    assert (rig.client.held, rig.scheduler.open_leases, rig.scheduler.tracked) == (0, 0, 0)
+
+
+def test_hung_daemon_is_not_known_yet_and_in_the_end_a_miss(rig: Rig) -> None:
+    rig.client.open_.clear()
+    rig.scheduler._wait_s = 0.0
+    request = request_of(10 * BLOCK)
+    assert rig.scheduler.matched(request, 0) == (None, False)
+    rig.clock.now = 0.9
+    assert rig.scheduler.matched(request, 0) == (None, False)
+    rig.clock.now = 1.1
+    assert rig.scheduler.matched(request, 0) == (0, False)
+    assert rig.scheduler.open_leases == 0
+
+
+def test_answer_that_comes_later_is_taken_then(rig: Rig) -> None:
+    rig.client.open_.clear()
+    rig.scheduler._wait_s = 0.0
+    request = request_of(10 * BLOCK)
+    assert rig.scheduler.matched(request, 0) == (None, False)
+    rig.client.open_.set()
+    rig.scheduler._wait_s = WAIT_S
+    assert rig.scheduler.matched(request, 0) == (9 * BLOCK, True)
+    assert len(rig.client.asked) == 1
+
+
+def test_request_that_waits_for_room_keeps_its_lease_until_that_is_old(rig: Rig) -> None:
+    request = request_of(10 * BLOCK)
+    for _ in range(3):
+        assert rig.scheduler.matched(request, 0) == (9 * BLOCK, True)
+    assert len(rig.client.leases) == 1
+    rig.clock.now = LEASE_USE_S + 1
+    assert rig.scheduler.matched(request, 0) == (9 * BLOCK, True)
+    assert (len(rig.client.leases), rig.client.held) == (2, 1)
+
+
+def test_longer_local_hit_asks_anew(rig: Rig) -> None:
+    request = request_of(10 * BLOCK)
+    rig.scheduler.matched(request, 0)
+    assert rig.scheduler.matched(request, 4 * BLOCK) == (5 * BLOCK, True)
+    assert (len(rig.client.leases), rig.client.held) == (2, 1)
+
+
+def test_request_whose_load_failed_computes_until_it_is_preempted(rig: Rig) -> None:
+    """A corrupt block would be promised for ever otherwise."""
+    request = request_of(10 * BLOCK)
+    rig.admit(request)
+    rig.scheduler.loaded({"r"})
+    assert rig.scheduler.matched(request, 0) == (0, False)
+    request.num_preemptions = 1
+    assert rig.scheduler.matched(request, 0) == (9 * BLOCK, True)
+
+
+def test_miss_holds_nothing() -> None:
+    rig = Rig(stored=0)
+    assert rig.scheduler.matched(request_of(10 * BLOCK), 0) == (0, False)
+    assert rig.scheduler.open_leases == 0
+    rig.scheduler.close()
+
+
+def test_requests_that_must_not_read_and_engines_that_only_write_ask_nobody(rig: Rig) -> None:
+    request = request_of(10 * BLOCK)
+    request.skip_reading_prefix_cache = True
+    assert rig.scheduler.matched(request, 0) == (0, False)
+    writer = Rig(loads=False)
+    assert writer.scheduler.matched(request_of(10 * BLOCK), 0) == (0, False)
+    writer.scheduler.close()
+    assert (rig.client.asked, writer.client.asked) == ([], [])
+
+
+def test_blocks_are_offered_once_they_are_whole(rig: Rig) -> None:
+    rig.client.stored = 0
+    request = request_of(4 * BLOCK + 3)
+    rig.admit(request)
+    work = rig.scheduler.step(step_of(new=[("r", [7, 8, 9, 10, 11], 0)], r=2 * BLOCK + 5))
+    assert [(s.parent, s.hashes, s.block_ids) for s in work.stores] == [(b"", tuple(request.block_hashes[:2]), (7, 8))]
+    assert work.fresh == {7, 8, 9, 10, 11}
+    work = rig.scheduler.step(step_of(cached=[("r", None, 2 * BLOCK + 5, False)], r=2 * BLOCK - 2))
+    assert [(s.parent, s.block_ids) for s in work.stores] == [(request.block_hashes[1], (9, 10))]
+    request.block_hashes.append(b"e" * 32)
+    work = rig.scheduler.step(step_of(cached=[("r", [12], 4 * BLOCK + 3, False)], r=BLOCK - 3))
+    assert [(s.hashes, s.block_ids) for s in work.stores] == [((b"e" * 32,), (11,))]
+    assert work.fresh == {12}
+
+
+def test_drafted_tokens_are_not_offered(rig: Rig) -> None:
+    request = request_of(BLOCK)
+    rig.admit(request)
+    work = rig.scheduler.step(step_of(new=[("r", [7, 8], 0)], r=2 * BLOCK))
+    assert work.stores[0].block_ids == (7,)
+
+
+def test_local_hits_are_offered_too_and_are_not_fresh(rig: Rig) -> None:
+    request = request_of(4 * BLOCK)
+    rig.admit(request, 2 * BLOCK)
+    work = rig.scheduler.step(step_of(new=[("r", [7, 8, 9, 10], 3 * BLOCK)], r=BLOCK))
+    assert work.stores[0].block_ids == (7, 8, 9, 10)
+    assert 10 in work.fresh
+    assert not {7, 8, 9} & work.fresh
+
+
+def test_resumed_request_stores_out_of_its_new_blocks(rig: Rig) -> None:
+    request = request_of(4 * BLOCK)
+    rig.admit(request)
+    rig.scheduler.step(step_of(new=[("r", [7, 8, 9, 10], 0)], r=2 * BLOCK))
+    work = rig.scheduler.step(step_of(cached=[("r", [20, 21, 22, 23], 0, True)], r=4 * BLOCK))
+    assert work.stores[0].block_ids == (20, 21, 22, 23)
+    assert work.fresh >= {20, 21, 22, 23}
+
+
+def test_reader_only_offers_nothing() -> None:
+    rig = Rig(stores=False)
+    rig.admit(request_of(4 * BLOCK))
+    assert rig.scheduler.step(step_of(new=[("r", [7, 8, 9, 10], 0)], r=4 * BLOCK)).stores == ()
+    rig.scheduler.close()
+
+
+def test_reset_moves_to_a_namespace_of_its_own(rig: Rig) -> None:
+    rig.scheduler.matched(request_of(4 * BLOCK), 0)
+    rig.scheduler.reset(lambda name: "ns " + name)
+    assert (rig.client.held, rig.scheduler.open_leases) == (0, 0)
+    name = rig.scheduler.step(step_of()).reset
+    assert name
+    assert rig.scheduler.step(step_of()).reset == name

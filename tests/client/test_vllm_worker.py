@@ -1,0 +1,237 @@
+"""The worker's half with a stand-in for the client: what is told of loads, what becomes of stores."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from forebay.client.copier import NumpyCopier
+from forebay.client.results import BlockOutcome, FetchResult, RemovalResult
+from forebay.client.segments import SegmentTable
+from forebay.client.vllm_memory import HostMemory
+from forebay.client.vllm_work import Load, StepWork, Store
+from forebay.client.vllm_worker import STORE_PART_BLOCKS, VllmWorker
+from forebay.transports.messages import EvictScope
+from support.live import eventually
+
+BLOCK_BYTES = 64
+BLOCKS = 400
+
+
+class FakeReservation:
+    def __init__(self, client: FakeClient, hashes: Sequence[bytes]) -> None:
+        self.client, self.hashes = client, hashes
+        self.codes = bytes(client.outcome(name) for name in hashes)
+        self.granted = [name for name, code in zip(hashes, self.codes) if code == BlockOutcome.STORED]
+        self.slots = [np.zeros(BLOCK_BYTES, np.uint8) for _ in self.granted]
+
+    def __enter__(self) -> FakeReservation:
+        return self
+
+    def __exit__(self, *details: object) -> None:
+        return None
+
+    def views(self) -> list[NDArray[np.uint8]]:
+        self.client.on_views()
+        return self.slots
+
+    def commit(self, failed: Sequence[int] = ()) -> int:
+        for name, slot in zip(self.granted, self.slots):
+            self.client.blocks[name] = slot
+        return len(self.granted)
+
+
+class FakeClient:
+    def __init__(self) -> None:
+        self.blocks: dict[bytes, NDArray[np.uint8]] = {}
+        self.parents: list[bytes] = []
+        self.refused: set[bytes] = set()
+        self.corrupt: set[bytes] = set()
+        self.evicted: list[Sequence[bytes]] = []
+        self.on_views: Callable[[], None] = lambda: None
+        self.broken = False
+
+    def outcome(self, name: bytes) -> BlockOutcome:
+        if name in self.refused:
+            return BlockOutcome.FULL
+        return BlockOutcome.PRESENT if name in self.blocks else BlockOutcome.STORED
+
+    def fetch(self, ns: Any, hashes: Sequence[bytes], table: Any, block_ids: Sequence[int]) -> FetchResult:
+        if self.broken:
+            raise RuntimeError("a bug in a client")
+        for count, (name, block) in enumerate(zip(hashes, block_ids)):
+            if name in self.corrupt:
+                return FetchResult(count, count * BLOCK_BYTES, "corrupt")
+            if name not in self.blocks:
+                return FetchResult(count, count * BLOCK_BYTES, "miss")
+            table.owners[0][block] = self.blocks[name]
+        return FetchResult(len(hashes), len(hashes) * BLOCK_BYTES)
+
+    def reserve(self, ns: Any, hashes: Sequence[bytes], parent: bytes = b"") -> FakeReservation:
+        self.parents.append(parent)
+        return FakeReservation(self, hashes)
+
+    def evict(self, ns: Any, hashes: Sequence[bytes], scope: EvictScope) -> RemovalResult:
+        self.evicted.append(hashes)
+        for name in hashes:
+            self.corrupt.discard(name)
+            self.blocks.pop(name, None)
+        return RemovalResult(len(hashes))
+
+
+def names(first: int, last: int) -> tuple[bytes, ...]:
+    return tuple(i.to_bytes(32, "little") for i in range(first, last))
+
+
+class Rig:
+    def __init__(self) -> None:
+        self.client = FakeClient()
+        self.opened: list[str] = []
+        self.kv = np.random.default_rng(0).integers(0, 256, (BLOCKS, BLOCK_BYTES)).astype(np.uint8)
+        self.worker = VllmWorker(self.client, self.namespace, BLOCK_BYTES)
+        self.worker.register(HostMemory(SegmentTable.of(self.kv), NumpyCopier()))
+
+    def namespace(self, reset: str) -> Any:
+        self.opened.append(reset)
+        return SimpleNamespace(reset=reset)
+
+    def step(self, ready: Callable[[], object] = lambda: None, **work: Any) -> None:
+        self.worker.begin(StepWork(**work))
+        self.worker.start_loads()
+        self.worker.start_stores(ready)
+
+    def settle(self) -> None:
+        eventually(lambda: self.worker.open_stores == 0, "stores have ended")
+
+    def loaded(self) -> set[str]:
+        found: set[str] = set()
+        eventually(lambda: bool(found.update(self.worker.take_loaded()) or found), "a load has ended")
+        return found
+
+
+@pytest.fixture
+def rig() -> Iterator[Rig]:
+    made = Rig()
+    yield made
+    made.worker.close()
+    assert made.worker.open_stores == 0
+
+
+def test_stored_bytes_come_back_into_other_blocks(rig: Rig) -> None:
+    rig.step(stores=(Store("r", b"", names(0, 3), (5, 2, 9)),))
+    rig.settle()
+    rig.step(loads=(Load("q", names(0, 3), (30, 31, 32)),))
+    assert rig.loaded() == {"q"}
+    assert rig.worker.take_failed_blocks() == set()
+    assert (rig.kv[30:33] == rig.kv[[5, 2, 9]]).all()
+    counts = rig.worker.take_counts()
+    assert (counts["stored_blocks"], counts["loaded_blocks"]) == (3, 3)
+    assert rig.worker.take_counts() == {}
+
+
+def test_blocks_that_were_not_loaded_are_told_and_the_request_all_the_same(rig: Rig) -> None:
+    rig.step(stores=(Store("r", b"", names(0, 2), (0, 1)),))
+    rig.settle()
+    rig.step(loads=(Load("q", names(0, 4), (30, 31, 32, 33)),))
+    assert rig.loaded() == {"q"}
+    assert rig.worker.take_failed_blocks() == {32, 33}
+    assert rig.worker.take_failed_blocks() == set()
+
+
+def test_error_in_a_load_fails_all_its_blocks(rig: Rig) -> None:
+    rig.client.broken = True
+    rig.step(loads=(Load("q", names(0, 2), (30, 31)),))
+    assert rig.loaded() == {"q"}
+    assert rig.worker.take_failed_blocks() == {30, 31}
+
+
+def test_block_taken_back_before_its_copy_is_not_published(rig: Rig) -> None:
+    gate = threading.Event()
+    rig.step(lambda: gate.wait(10), stores=(Store("r", b"", names(0, 2), (5, 6)),))
+    rig.step(fresh=frozenset({6}))
+    rig.kv[6] = 0
+    gate.set()
+    rig.settle()
+    assert rig.client.blocks == {}
+    assert rig.worker.take_counts()["revoked_blocks"] == 2
+
+
+def test_block_taken_back_during_its_copy_is_not_published(rig: Rig) -> None:
+    rig.client.on_views = lambda: rig.worker.begin(StepWork(fresh=frozenset({6})))
+    rig.step(stores=(Store("r", b"", names(0, 2), (5, 6)),))
+    rig.settle()
+    assert rig.client.blocks == {}
+
+
+def test_other_blocks_taken_back_do_no_harm(rig: Rig) -> None:
+    gate = threading.Event()
+    rig.step(lambda: gate.wait(10), stores=(Store("r", b"", names(0, 2), (5, 6)),))
+    rig.step(fresh=frozenset({7}))
+    gate.set()
+    rig.settle()
+    assert set(rig.client.blocks) == set(names(0, 2))
+
+
+def test_long_stores_go_in_parts_each_after_its_parent(rig: Rig) -> None:
+    count = 2 * STORE_PART_BLOCKS + 3
+    rig.step(stores=(Store("r", b"p" * 32, names(0, count), tuple(range(count))),))
+    rig.settle()
+    part = STORE_PART_BLOCKS
+    assert rig.client.parents == [b"p" * 32, names(part - 1, part)[0], names(2 * part - 1, 2 * part)[0]]
+    assert all((rig.client.blocks[name] == rig.kv[i]).all() for i, name in enumerate(names(0, count)))
+
+
+def test_refused_block_ends_its_chain(rig: Rig) -> None:
+    rig.client.refused = set(names(3, 4))
+    count = STORE_PART_BLOCKS + 3
+    rig.step(stores=(Store("r", b"", names(0, count), tuple(range(count))),))
+    rig.settle()
+    assert len(rig.client.parents) == 1
+
+
+def test_present_blocks_cost_no_copy(rig: Rig) -> None:
+    for _ in range(2):
+        rig.step(stores=(Store("r", b"", names(0, 4), (0, 1, 2, 3)),))
+        rig.settle()
+    counts = rig.worker.take_counts()
+    assert (counts["stored_blocks"], counts["present_blocks"]) == (4, 4)
+
+
+def test_corrupt_block_is_removed_before_its_right_bytes_are_offered(rig: Rig) -> None:
+    rig.step(stores=(Store("r", b"", names(0, 3), (0, 1, 2)),))
+    rig.settle()
+    rig.client.corrupt = set(names(1, 2))
+    rig.step(loads=(Load("q", names(0, 3), (30, 31, 32)),))
+    assert rig.loaded() == {"q"}
+    assert rig.worker.take_failed_blocks() == {31, 32}
+    rig.step(stores=(Store("q", b"", names(0, 3), (0, 1, 2)),))
+    rig.settle()
+    assert rig.client.evicted == [[names(1, 2)[0]]]
+    assert (rig.client.blocks[names(1, 2)[0]] == rig.kv[1]).all()
+
+
+def test_reset_opens_the_namespace_of_that_name_once(rig: Rig) -> None:
+    rig.step(reset="x")
+    rig.step(reset="x")
+    assert rig.opened == ["", "x"]
+
+
+def test_same_work_told_twice_is_begun_once(rig: Rig) -> None:
+    work = StepWork(reset="x")
+    rig.worker.begin(work)
+    rig.worker.begin(work)
+    assert rig.opened == ["", "x"]
+
+
+def test_close_stores_what_was_given(rig: Rig) -> None:
+    rig.step(stores=(Store("r", b"", names(0, 3), (0, 1, 2)),))
+    rig.worker.close()
+    assert set(rig.client.blocks) == set(names(0, 3))
+    rig.step(stores=(Store("r", b"", names(3, 4), (3,)),))
+    assert rig.worker.open_stores == 0

@@ -1,0 +1,225 @@
+"""vLLM itself on the CPU with forebay's connector: the same tokens whatever happens to the cache.
+
+`make engines` installs vLLM into an environment of its own and runs this there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm", reason="vLLM is not installed here: `make engines` runs these in an environment of its own")
+
+from tiny_llama import save_tiny
+from vllm_engine import BLOCK, TOKENS, WHOLE, engine, prompt_of
+
+from forebay.client import Client
+from support.live import LiveDaemon, eventually
+
+PROMPTS = [prompt_of(1), prompt_of(2)]
+RESTORED = len(PROMPTS) * WHOLE * BLOCK
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def daemon() -> Iterator[LiveDaemon]:
+    with LiveDaemon(host_bytes="256MiB") as live:
+        yield live
+        assert live.process is not None
+        if live.process.poll() is None:
+            assert live.problems() == ()
+
+
+@pytest.fixture(scope="module")
+def expected(model: Path) -> list[list[int]]:
+    with engine(model, None, enable_prefix_caching=False) as plain:
+        return plain.ask(PROMPTS)
+
+
+def leases(daemon: LiveDaemon) -> int:
+    with Client(daemon.runtime_dir, strict=True) as client:
+        return int(client.status()["store"]["leases"])
+
+
+@pytest.mark.parametrize("local_cache", [True, False])
+@pytest.mark.parametrize("chunk", [0, 256])
+def test_restart_restores_exactly_the_whole_blocks(
+    model: Path, daemon: LiveDaemon, expected: list[list[int]], local_cache: bool, chunk: int
+) -> None:
+    args: dict[str, Any] = {"enable_prefix_caching": local_cache}
+    if chunk:
+        args |= {"max_num_batched_tokens": chunk, "enable_chunked_prefill": True}
+    with engine(model, daemon.runtime_dir, **args) as cold:
+        assert cold.ask(PROMPTS) == expected
+        assert (cold.restored(), cold.computed()) == (0, len(PROMPTS) * TOKENS)
+        cold.settle()
+        again = cold.ask(PROMPTS)
+        assert again == expected
+        assert cold.restored() == (0 if local_cache else RESTORED)
+    with engine(model, daemon.runtime_dir, **args) as warm:
+        assert warm.ask(PROMPTS) == expected
+        assert (warm.restored(), warm.computed()) == (RESTORED, len(PROMPTS) * TOKENS - RESTORED)
+        assert warm.metric("vllm:forebay_loaded_blocks") == len(PROMPTS) * WHOLE
+        assert warm.metric("vllm:forebay_failed_blocks") == 0
+        assert warm.planning.open_leases == 0
+
+
+def test_bfloat16_tokens_are_those_of_the_engines_own_prefix_cache(model: Path, daemon: LiveDaemon) -> None:
+    """A bfloat16 prompt computed in pieces may round differently from one computed whole: compare like with like."""
+    with engine(model, None, dtype="bfloat16") as plain:
+        plain.ask(PROMPTS)
+        expected = plain.ask(PROMPTS)
+    with engine(model, daemon.runtime_dir, dtype="bfloat16") as cold:
+        cold.ask(PROMPTS)
+    with engine(model, daemon.runtime_dir, dtype="bfloat16") as warm:
+        assert warm.ask(PROMPTS) == expected
+        assert warm.restored() == RESTORED
+
+
+def test_daemon_restart_is_a_miss_and_stores_anew(model: Path, daemon: LiveDaemon, expected: list[list[int]]) -> None:
+    with engine(model, daemon.runtime_dir) as running:
+        assert running.ask(PROMPTS) == expected
+        running.settle()
+        daemon.restart()
+        assert running.ask(PROMPTS) == expected
+        eventually(running.moving._client.ping, "the engine finds the daemon again")
+        assert running.ask(PROMPTS) == expected
+        running.settle()
+    with engine(model, daemon.runtime_dir) as warm:
+        assert warm.ask(PROMPTS) == expected
+        assert warm.restored() == RESTORED
+
+
+def test_daemon_killed_before_a_load_costs_a_recompute(
+    model: Path, daemon: LiveDaemon, expected: list[list[int]]
+) -> None:
+    with engine(model, daemon.runtime_dir) as cold:
+        cold.ask(PROMPTS)
+    with engine(model, daemon.runtime_dir) as warm:
+        client = warm.moving._client
+        fetch = client.fetch
+
+        def kill_then_fetch(*args: Any, **kwargs: Any) -> Any:
+            daemon.kill()
+            return fetch(*args, **kwargs)
+
+        client.fetch = kill_then_fetch
+        assert warm.ask(PROMPTS) == expected
+        assert warm.metric("vllm:forebay_failed_blocks") == len(PROMPTS) * WHOLE
+        assert warm.ask([prompt_of(3)]) is not None
+
+
+def test_absent_daemon_changes_nothing(model: Path, tmp_path: Path, expected: list[list[int]]) -> None:
+    with engine(model, tmp_path) as alone:
+        assert alone.ask(PROMPTS) == expected
+        assert alone.restored() == 0
+
+
+def test_corrupt_block_is_computed_and_replaced(model: Path, daemon: LiveDaemon, expected: list[list[int]]) -> None:
+    verify: dict[str, object] = {"verify": "load"}
+    stored: list[bytes] = []
+    with engine(model, daemon.runtime_dir, verify) as cold:
+        client = cold.moving._client
+        reserve = client.reserve
+
+        def recorded(ns: Any, hashes: Any, parent: bytes = b"") -> Any:
+            stored.extend(hashes)
+            return reserve(ns, hashes, parent)
+
+        client.reserve = recorded
+        assert cold.ask(PROMPTS[:1]) == expected[:1]
+        cold.settle()
+        with client.acquire(cold.moving._ns, stored[:WHOLE]) as lease:
+            lease._places.views(writable=True)[5][:64] ^= 0xFF
+    for restored in (5, WHOLE):
+        with engine(model, daemon.runtime_dir, verify) as warm:
+            assert warm.ask(PROMPTS[:1]) == expected[:1]
+            assert warm.metric("vllm:forebay_loaded_blocks") == restored
+            warm.settle()
+
+
+def test_preempted_requests_end_with_the_same_tokens(model: Path, daemon: LiveDaemon) -> None:
+    """Four prompts in a pool that holds two and a half of them to their end."""
+    prompts = [prompt_of(seed) for seed in range(10, 14)]
+    with engine(model, None, enable_prefix_caching=False) as plain:
+        expected = plain.ask(prompts, tokens=600)
+    for _ in range(2):
+        with engine(model, daemon.runtime_dir, kv_cache_memory_bytes=9 << 20) as small:
+            assert small.ask(prompts, tokens=600) == expected
+            assert small.metric("vllm:num_preemptions") > 0
+            assert small.planning.open_leases == 0
+
+
+def test_concurrent_requests_that_share_prefixes(model: Path, daemon: LiveDaemon) -> None:
+    shared = prompt_of(20, 640)
+    prompts = [shared + prompt_of(21 + i, 200) for i in range(6)] + [prompt_of(30, 500), prompt_of(31, 33)]
+    with engine(model, None, enable_prefix_caching=False) as plain:
+        expected = plain.ask(prompts)
+    for _ in range(2):
+        with engine(model, daemon.runtime_dir) as running:
+            assert running.ask(prompts) == expected
+            assert running.ask(prompts[::-1]) == expected[::-1]
+
+
+def test_two_models_salts_and_dtypes_never_hit_each_other(model: Path, daemon: LiveDaemon, tmp_path: Path) -> None:
+    other = save_tiny(tmp_path, seed=1)
+    with engine(model, daemon.runtime_dir) as first:
+        first.ask(PROMPTS, salts=["a", "a"])
+    for folder, salt, extra, dtype in (
+        (model, "b", {}, "float32"),
+        (other, "a", {}, "float32"),
+        (model, "a", {"revision": "another"}, "float32"),
+        (model, "a", {"tenant_salt": "another"}, "float32"),
+        (model, "a", {}, "bfloat16"),
+    ):
+        with engine(folder, daemon.runtime_dir, extra, dtype=dtype) as second:
+            second.ask(PROMPTS, salts=[salt, salt])
+            assert second.restored() == 0, (folder, salt, extra, dtype)
+    with engine(model, daemon.runtime_dir) as same:
+        same.ask(PROMPTS, salts=["a", "a"])
+        assert same.restored() == RESTORED
+
+
+def test_reset_of_the_caches_finds_nothing_of_before(model: Path, daemon: LiveDaemon) -> None:
+    """Whoever changed the weights resets the caches; what was stored before must not come back."""
+    with engine(model, daemon.runtime_dir) as running:
+        running.ask(PROMPTS)
+        running.settle()
+        assert running.llm.reset_prefix_cache(reset_connector=True)
+        running.ask(PROMPTS)
+        assert running.restored() == 0
+        running.settle()
+        assert running.scheduler.reset_prefix_cache()
+        running.ask(PROMPTS)
+        assert running.restored() == RESTORED
+
+
+def test_many_mixed_requests_with_aborts_leave_nothing_behind(model: Path, daemon: LiveDaemon) -> None:
+    from vllm import SamplingParams
+
+    with engine(model, daemon.runtime_dir, kv_cache_memory_bytes=9 << 20) as running:
+        core = running.llm.llm_engine
+        free = running.scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
+        parameters = SamplingParams(temperature=0, max_tokens=4, detokenize=False, ignore_eos=True)
+        live: list[str] = []
+        for number in range(1000):
+            prompt = prompt_of(number % 37, 40 + number % 200)
+            live.append(str(core.add_request(f"r{number}", {"prompt_token_ids": prompt}, parameters)))
+            if number % 3 == 0:
+                core.abort_request([f"r{number}"])
+            core.step()
+        while core.has_unfinished_requests():
+            core.step()
+        running.settle()
+        core.step()
+        assert (running.planning.open_leases, running.planning.tracked) == (0, 0)
+        assert running.scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == free
+        assert running.scheduler.requests == {}
+        eventually(lambda: leases(daemon) == 0, "no lease is left")
