@@ -35,7 +35,7 @@ PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11,\
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format types layers docs docs-check unit bench faults engines coverage build setup clean
+.PHONY: help demo test lint format types layers docs docs-check unit bench faults engines e2e coverage build setup clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -75,6 +75,10 @@ engines: ## vLLM itself with forebay, on the CPU, in an environment of its own (
 	@$(MAKE) --no-print-directory $(VLLM_STAMPS)/vllm || { echo "skipped: vLLM could not be installed here"; exit 0; }; \
 	test -e $(VLLM_STAMPS)/vllm || exit 0; \
 	PYTHONPATH=tests/engines $(VLLM_BIN)/pytest -o filterwarnings=default -p no:cacheprovider tests/engines $(PYTEST_ARGS)
+
+e2e: ## two vLLM processes and a real model share a daemon, restart, lose it; ends with one line of JSON
+	@$(MAKE) --no-print-directory $(VLLM_STAMPS)/e2e
+	@$(VLLM_BIN)/python -P bench/e2e.py
 
 coverage: $(STAMPS)/dev ## tests, with the lines they did not reach
 	$(BIN)/coverage run -m pytest $(PYTEST_ARGS)
@@ -127,6 +131,10 @@ $(VLLM_STAMPS)/vllm: pyproject.toml Makefile
 	@$(VLLM_BIN)/python -m pip --disable-pip-version-check install --quiet --no-deps $(VLLM_ITSELF)
 	@$(VLLM_BIN)/python -m pip --disable-pip-version-check install --quiet --editable . pytest pytest-timeout pytest-asyncio
 	@mkdir -p $(VLLM_STAMPS) && touch $@
+
+$(VLLM_STAMPS)/e2e: $(VLLM_STAMPS)/vllm
+	@$(VLLM_BIN)/python -m pip --disable-pip-version-check install --quiet 'gguf>=0.17' 'accelerate>=1'
+	@touch $@
 
 $(STAMPS)/demo: pyproject.toml $(STAMPS)/torch
 	@echo "installing forebay and what the demo needs"

@@ -24,7 +24,7 @@ from forebay.client.vllm_layout import (
     segment_table,
 )
 from forebay.client.vllm_memory import EngineMemory, HostMemory, StagedMemory
-from forebay.client.vllm_scheduler import LeaseDesk, VllmScheduler
+from forebay.client.vllm_scheduler import WAIT_MS, LeaseDesk, VllmScheduler
 from forebay.client.vllm_stats import ForebayMetrics, ForebayStats
 from forebay.client.vllm_work import StepWork
 from forebay.client.vllm_worker import VllmWorker
@@ -44,7 +44,6 @@ except ImportError as error:
     raise ImportError(f"forebay.client.vllm runs inside vLLM, which could not be imported: {error}") from error
 
 OWN_KEYS = ("model", "revision", "tenant_salt", "scheduler_wait_ms")
-SCHEDULER_WAIT_MS = 2.0
 
 
 class ForebayMetadata(StepWork, KVConnectorMetadata):
@@ -150,7 +149,7 @@ class ForebayConnector(KVConnectorBase_V1, SupportsHMA):
         self._moving.begin(connector_metadata)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
-        self._moving.start_loads()
+        self._moving.start_loads(_device_mark())
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         """Loads are over before their request runs."""
@@ -202,7 +201,7 @@ def _own_options(extra: Mapping[str, object]) -> tuple[dict[str, str], float]:
         if not isinstance(value, str):
             raise BadRequest(f"{key} is text, not {value!r}")
         texts[key] = value
-    wait_ms = extra.get("scheduler_wait_ms", SCHEDULER_WAIT_MS)
+    wait_ms = extra.get("scheduler_wait_ms", WAIT_MS)
     if isinstance(wait_ms, bool) or not isinstance(wait_ms, int | float) or not 0 <= wait_ms <= 100:
         raise BadRequest(f"scheduler_wait_ms is a number of milliseconds from 0 to 100, not {wait_ms!r}")
     return texts, float(wait_ms)
@@ -242,7 +241,7 @@ def _hash_seed(vllm_config: Any) -> str:
 
 
 def _device_mark() -> Any:
-    """What a store waits for: on a GPU everything queued so far, on a CPU nothing."""
+    """What copies wait for: on a GPU everything queued so far, on a CPU nothing."""
     if not torch.cuda.is_available():
         return _nothing
     event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]

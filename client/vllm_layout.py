@@ -97,7 +97,7 @@ class Geometry:
     def names_of(self, block_hashes: Sequence[bytes]) -> list[bytes]:
         """The blocks' names, out of the engine's hashes."""
         step = self.hash_step
-        return [bytes(name) for name in (block_hashes if step == 1 else block_hashes[step - 1 :: step])]
+        return list(block_hashes) if step == 1 else list(block_hashes[step - 1 :: step])
 
 
 def _kind(spec: Any) -> str:

@@ -22,6 +22,9 @@ from typing import Any, Protocol
 from forebay.client.vllm_layout import Geometry
 from forebay.client.vllm_work import Load, StepWork, Store
 
+WAIT_MS = 0.2
+"""The longest that one hook waits for the daemon by default. An answer that comes later is there in the next step."""
+
 LEASE_TTL_MS = 30_000
 LEASE_USE_S = 10.0
 """A lease older than this is asked for anew before it is promised."""

@@ -131,9 +131,10 @@ class VllmWorker:
             if not job.copied.wait(max(0.0, deadline - time.monotonic())):
                 job.revoked = True
 
-    def start_loads(self) -> None:
+    def start_loads(self, ready: Callable[[], object]) -> None:
+        """`ready` returns when the device has done what it was given so far: it may still use the loads' blocks."""
         for load in self._work.loads:
-            future = self._loaders.submit(self._load, load, self._ns)
+            future = self._loaders.submit(self._load, load, self._ns, ready)
             future.add_done_callback(lambda done, load=load: self._ended(load, done))  # type: ignore[misc]
 
     def start_stores(self, ready: Callable[[], object]) -> None:
@@ -181,9 +182,10 @@ class VllmWorker:
 
     # Loading, on the loaders' threads
 
-    def _load(self, load: Load, ns: Any) -> FetchResult:
+    def _load(self, load: Load, ns: Any, ready: Callable[[], object]) -> FetchResult:
         assert self._memory is not None, "loads before the caches were registered"
         begun = time.perf_counter()
+        ready()
 
         def fetch(hashes: Sequence[bytes], table: SegmentTable, block_ids: Sequence[int]) -> FetchResult:
             return self._client.fetch(ns, hashes, table, block_ids)

@@ -103,7 +103,7 @@ class Rig:
 
     def step(self, ready: Callable[[], object] = lambda: None, **work: Any) -> None:
         self.worker.begin(StepWork(**work))
-        self.worker.start_loads()
+        self.worker.start_loads(ready)
         self.worker.start_stores(ready)
 
     def settle(self) -> None:
@@ -142,6 +142,19 @@ def test_blocks_that_were_not_loaded_are_told_and_the_request_all_the_same(rig: 
     assert rig.loaded() == {"q"}
     assert rig.worker.take_failed_blocks() == {32, 33}
     assert rig.worker.take_failed_blocks() == set()
+
+
+def test_load_waits_for_the_device(rig: Rig) -> None:
+    """What runs on the device may still read the blocks that the load will overwrite."""
+    rig.step(stores=(Store("r", b"", names(0, 1), (0,)),))
+    rig.settle()
+    gate, before = threading.Event(), rig.kv[30].copy()
+    rig.step(lambda: gate.wait(10), loads=(Load("q", names(0, 1), (30,)),))
+    assert rig.worker.take_loaded() == set()
+    assert (rig.kv[30] == before).all()
+    gate.set()
+    assert rig.loaded() == {"q"}
+    assert (rig.kv[30] == rig.kv[0]).all()
 
 
 def test_error_in_a_load_fails_all_its_blocks(rig: Rig) -> None:

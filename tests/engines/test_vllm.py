@@ -17,7 +17,10 @@ from tiny_llama import save_tiny
 from vllm_engine import BLOCK, TOKENS, WHOLE, engine, prompt_of
 
 from forebay.client import Client
+from forebay.kvstore.errors import BadRequest
 from support.live import LiveDaemon, eventually
+
+pytestmark = pytest.mark.timeout(400)  # several engines start in a test, on whatever cores there are
 
 PROMPTS = [prompt_of(1), prompt_of(2)]
 RESTORED = len(PROMPTS) * WHOLE * BLOCK
@@ -149,10 +152,10 @@ def test_preempted_requests_end_with_the_same_tokens(model: Path, daemon: LiveDa
     """Four prompts in a pool that holds two and a half of them to their end."""
     prompts = [prompt_of(seed) for seed in range(10, 14)]
     with engine(model, None, enable_prefix_caching=False) as plain:
-        expected = plain.ask(prompts, tokens=600)
+        expected = plain.ask(prompts, tokens=400)
     for _ in range(2):
         with engine(model, daemon.runtime_dir, kv_cache_memory_bytes=9 << 20) as small:
-            assert small.ask(prompts, tokens=600) == expected
+            assert small.ask(prompts, tokens=400) == expected
             assert small.metric("vllm:num_preemptions") > 0
             assert small.planning.open_leases == 0
 
@@ -162,8 +165,8 @@ def test_concurrent_requests_that_share_prefixes(model: Path, daemon: LiveDaemon
     prompts = [shared + prompt_of(21 + i, 200) for i in range(6)] + [prompt_of(30, 500), prompt_of(31, 33)]
     with engine(model, None, enable_prefix_caching=False) as plain:
         expected = plain.ask(prompts)
-    for _ in range(2):
-        with engine(model, daemon.runtime_dir) as running:
+    for wait_ms in (50, 0, 0):
+        with engine(model, daemon.runtime_dir, {"scheduler_wait_ms": wait_ms}) as running:
             assert running.ask(prompts) == expected
             assert running.ask(prompts[::-1]) == expected[::-1]
 
@@ -185,6 +188,33 @@ def test_two_models_salts_and_dtypes_never_hit_each_other(model: Path, daemon: L
     with engine(model, daemon.runtime_dir) as same:
         same.ask(PROMPTS, salts=["a", "a"])
         assert same.restored() == RESTORED
+
+
+def test_two_tensor_parallel_ranks(model: Path, daemon: LiveDaemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each rank keeps its shard. Sums over two ranks round differently from one: compared with two ranks."""
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    args: dict[str, Any] = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+    with engine(model, None, **args) as plain:
+        expected = plain.ask(PROMPTS)
+    for restored in (0, RESTORED):
+        with engine(model, daemon.runtime_dir, **args) as running:
+            assert running.ask(PROMPTS) == expected
+            assert running.restored() == restored
+            assert running.computed() == len(PROMPTS) * TOKENS - restored
+            assert running.metric("vllm:forebay_failed_blocks") == 0
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        ({"verfy": "load"}, "verfy"),
+        ({"timeout_ms": "fast"}, "timeout_ms"),
+        ({"scheduler_wait_ms": -1}, "from 0 to 100"),
+    ],
+)
+def test_wrong_settings_end_the_start(model: Path, tmp_path: Path, extra: dict[str, object], words: str) -> None:
+    with pytest.raises(BadRequest, match=words), engine(model, tmp_path, extra):
+        pytest.fail("the engine started")
 
 
 def test_reset_of_the_caches_finds_nothing_of_before(model: Path, daemon: LiveDaemon) -> None:

@@ -1,0 +1,221 @@
+"""The connector itself under stand-ins for vLLM's modules: which half is built, what each hook is answered.
+
+What vLLM really does with it is shown in tests/engines.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterator
+from enum import Enum
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+from forebay.client.vllm_work import StepWork
+from forebay.kvstore.errors import BadRequest, LayoutError
+
+torch = pytest.importorskip("torch", reason="torch is not installed")
+
+BLOCKS, BLOCK, PAGE = 6, 16, 256
+OURS = ("forebay.client.vllm", "forebay.client.vllm_stats")
+
+
+class Role(Enum):
+    SCHEDULER = 0
+    WORKER = 1
+
+
+class Base:
+    def __init__(self, vllm_config: Any, role: Role, kv_cache_config: Any) -> None:
+        self._kv_cache_config = kv_cache_config
+        self.bound: Any = None
+
+    def bind_connector_metadata(self, metadata: Any) -> None:
+        self.bound = metadata
+
+
+class Stats:
+    def __init__(self, data: dict[str, Any] | None = None) -> None:
+        self.data = data or {}
+
+
+class Metrics:
+    def __init__(self, *details: Any) -> None:
+        self.details = details
+
+
+class FullAttentionSpec(SimpleNamespace):
+    """Bears the name of vLLM's."""
+
+
+def stand_ins() -> dict[str, ModuleType]:
+    v1 = "vllm.distributed.kv_transfer.kv_connector.v1"
+    contents: dict[str, dict[str, Any]] = {
+        "vllm": {"__version__": "0.32.0"},
+        f"{v1}.base": {
+            "KVConnectorBase_V1": Base,
+            "KVConnectorMetadata": type("KVConnectorMetadata", (), {}),
+            "KVConnectorRole": Role,
+            "SupportsHMA": type("SupportsHMA", (), {}),
+        },
+        f"{v1}.metrics": {"KVConnectorPromMetrics": Metrics, "KVConnectorStats": Stats},
+        "vllm.platforms": {"current_platform": SimpleNamespace(device_type="cuda", get_device_name=lambda: "a device")},
+        "vllm.distributed.parallel_state": {"get_tensor_model_parallel_rank": lambda: 1},
+        "vllm.utils.hashing": {"get_hash_fn_by_name": lambda name: name},
+        "vllm.v1.core.kv_cache_utils": {"resolve_none_hash_seed": lambda function: "seed"},
+    }
+    modules: dict[str, ModuleType] = {}
+    for name, values in contents.items():
+        parts = name.split(".")
+        for depth in range(1, len(parts) + 1):
+            part = ".".join(parts[:depth])
+            modules.setdefault(part, ModuleType(part)).__path__ = []
+        vars(modules[name]).update(values)
+    return modules
+
+
+@pytest.fixture
+def connector_module(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    for name in [name for name in sys.modules if name.split(".")[0] == "vllm"]:
+        monkeypatch.delitem(sys.modules, name)
+    for name, module in stand_ins().items():
+        monkeypatch.setitem(sys.modules, name, module)
+    for name in OURS:
+        sys.modules.pop(name, None)
+    yield importlib.import_module(OURS[0])
+    for name in OURS:
+        sys.modules.pop(name, None)
+
+
+def vllm_config(tmp_path: Path, extra: dict[str, object] | None = None) -> Any:
+    config = SimpleNamespace(to_dict=dict, _commit_hash="c")
+    settings = {"runtime_dir": str(tmp_path), **(extra or {})}
+    return SimpleNamespace(
+        kv_transfer_config=SimpleNamespace(
+            kv_connector_extra_config=settings, is_kv_consumer=True, is_kv_producer=True
+        ),
+        model_config=SimpleNamespace(model="m", revision=None, dtype=torch.float32, hf_config=config),
+        cache_config=SimpleNamespace(block_size=BLOCK, cache_dtype="auto", prefix_caching_hash_algo="sha256"),
+        parallel_config=SimpleNamespace(tensor_parallel_size=2),
+    )
+
+
+def kv_cache_config(groups: int = 1) -> Any:
+    spec = FullAttentionSpec(block_size=BLOCK, page_size_bytes=PAGE, dtype=torch.float32)
+    return SimpleNamespace(
+        num_blocks=BLOCKS,
+        kv_cache_groups=[SimpleNamespace(layer_names=["a"], kv_cache_spec=spec)] * groups,
+        kv_cache_tensors=[SimpleNamespace(layers=["a"], block_stride=PAGE)],
+    )
+
+
+def made(module: Any, role: Role, tmp_path: Path, extra: dict[str, object] | None = None) -> Any:
+    return module.ForebayConnector(vllm_config(tmp_path, extra), role, kv_cache_config())
+
+
+def test_both_halves_name_one_group_of_shards(connector_module: Any, tmp_path: Path) -> None:
+    scheduler = made(connector_module, Role.SCHEDULER, tmp_path)
+    worker = made(connector_module, Role.WORKER, tmp_path)
+    assert (scheduler._spec.shard_rank, worker._spec.shard_rank, worker._spec.shard_size) == (0, 1, 2)
+    assert scheduler._spec.group_fingerprint() == worker._spec.group_fingerprint()
+    scheduler.shutdown()
+    worker.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        ({"verfy": "load"}, "verfy"),
+        ({"revision": 3}, "revision is text"),
+        ({"scheduler_wait_ms": 1000}, "from 0 to 100"),
+        ({"scheduler_wait_ms": True}, "from 0 to 100"),
+        ({"budget_ms": -1}, "budget_ms"),
+    ],
+)
+def test_wrong_settings_are_typed_errors_at_start_up(
+    connector_module: Any, tmp_path: Path, extra: dict[str, object], words: str
+) -> None:
+    with pytest.raises(BadRequest, match=words):
+        made(connector_module, Role.SCHEDULER, tmp_path, extra)
+
+
+def test_other_versions_and_hybrid_models_are_refused_at_start_up(connector_module: Any, tmp_path: Path) -> None:
+    with pytest.raises(LayoutError, match="2 KV cache groups"):
+        connector_module.ForebayConnector(vllm_config(tmp_path), Role.WORKER, kv_cache_config(groups=2))
+    connector_module.vllm.__version__ = "0.40.0"
+    with pytest.raises(BadRequest, match=r"0\.40\.0 is not supported"):
+        made(connector_module, Role.WORKER, tmp_path)
+
+
+def test_random_hash_seed_is_refused(connector_module: Any, tmp_path: Path) -> None:
+    """Nothing that is stored could be found again."""
+    seeds = iter(("one", "two"))
+    sys.modules["vllm.v1.core.kv_cache_utils"].resolve_none_hash_seed = lambda function: next(seeds)  # type: ignore[attr-defined]
+    with pytest.raises(BadRequest, match="PYTHONHASHSEED"):
+        made(connector_module, Role.WORKER, tmp_path)
+
+
+def test_scheduler_without_a_daemon_answers_misses_and_keeps_no_block(connector_module: Any, tmp_path: Path) -> None:
+    connector = made(connector_module, Role.SCHEDULER, tmp_path, {"scheduler_wait_ms": 100})
+    request = SimpleNamespace(request_id="r", num_tokens=100, block_hashes=[b"h" * 32] * 6, num_preemptions=0)
+    assert connector.get_num_new_matched_tokens(request, 0) == (0, False)
+    connector.update_state_after_alloc(request, SimpleNamespace(get_block_ids=lambda: ([1, 2],)), 0)
+    output = SimpleNamespace(
+        scheduled_new_reqs=[SimpleNamespace(req_id="r", block_ids=([1, 2],), num_computed_tokens=0)],
+        scheduled_cached_reqs=SimpleNamespace(req_ids=[], new_block_ids=[], num_computed_tokens=[], resumed_req_ids=()),
+        num_scheduled_tokens={"r": 32},
+    )
+    work = connector.build_connector_meta(output)
+    assert isinstance(work, StepWork)
+    assert work.stores[0].block_ids == (1, 2)
+    assert connector.request_finished_all_groups(request, ([1, 2],)) == (False, None)
+    assert connector.reset_cache() is True
+    assert connector.requires_kv_delivery is False
+    connector.update_connector_output(SimpleNamespace(finished_recving=None))
+    connector.shutdown()
+
+
+def test_worker_without_a_daemon_reports_every_block(connector_module: Any, tmp_path: Path) -> None:
+    from forebay.client.vllm_work import Load
+    from support.live import eventually
+
+    connector = made(connector_module, Role.WORKER, tmp_path)
+    connector.register_kv_caches({"a": torch.zeros((BLOCKS, PAGE // 4))})
+    work = connector_module.ForebayMetadata(loads=(Load("r", (b"h" * 32,) * 2, (3, 4)),))
+    connector.handle_preemptions(work)
+    connector.bind_connector_metadata(work)
+    connector.start_load_kv(None)
+    connector.wait_for_save()
+    found: set[str] = set()
+    eventually(lambda: bool(found.update(connector.get_finished(set())[1] or ()) or found), "the load has ended")
+    assert found == {"r"}
+    assert connector.get_block_ids_with_load_errors() == {3, 4}
+    stats = connector.get_kv_connector_stats()
+    assert (stats.data["failed_blocks"], connector.get_kv_connector_stats()) == (2, None)
+    connector.shutdown()
+
+
+def test_stats_add_up_over_ranks_and_reach_the_series(connector_module: Any) -> None:
+    from prometheus_client import CollectorRegistry, Counter
+
+    registry = CollectorRegistry()
+
+    def counter(name: str, text: str, labelnames: list[str]) -> Counter:
+        return Counter(name, text, labelnames, registry=registry)
+
+    build = connector_module.ForebayConnector.build_kv_connector_stats
+    total = build({"loads": 1, "load_seconds": 0.25}).aggregate(build({"loads": 2}))
+    assert (total.reduce(), total.is_empty()) == ({"loads": 3, "load_seconds": 0.25}, False)
+    metrics = connector_module.ForebayConnector.build_prom_metrics(
+        None, {Counter: counter}, ["engine"], {0: ["0"], 1: ["1"]}
+    )
+    metrics.observe(total.data, 1)
+    metrics.observe({"unknown": 1}, 1)
+    assert registry.get_sample_value("vllm:forebay_loads_total", {"engine": "1"}) == 3
+    assert registry.get_sample_value("vllm:forebay_loads_total", {"engine": "0"}) == 0
+    total.reset()
+    assert total.is_empty()
