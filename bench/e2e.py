@@ -156,6 +156,8 @@ def _between(scene: Run, case: str) -> None:
     elif case == "daemon restarted":
         scene.start_daemon()
         scene.stop("A")
+    elif case == "other engine again":  # it has the chat's first turn in its own cache, and goes
+        scene.stop("B")
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
