@@ -343,7 +343,7 @@ class FakeDaemon:
 
     def _open_namespace(self, token: bytes, request: m.OpenNamespaceRequest) -> m.Reply:
         for space in self._namespaces.values():
-            if space.spec == request.spec:
+            if space.spec.merged() == request.spec.merged():
                 return self._geometry(space, m.OpenNamespaceReply)
         slot_bytes = -(-request.spec.block_bytes // 4096) * 4096
         space = FakeNamespace(self._new_id(), request.spec, slot_bytes)

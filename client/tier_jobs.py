@@ -1,0 +1,264 @@
+"""Jobs of a cache tier that lives in an engine's scheduler: handed in, done on threads of their own, collected later.
+
+The scheduler must not wait, so all that talks to the daemon happens on two lanes: one for lookups and loads, which
+requests wait for, and one for stores, which nobody waits for. Both are bounded; what does not fit fails at once, which
+is a miss for a lookup and a lost store for a store. Each call has the client's deadlines.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from forebay.client import scattered
+from forebay.client.namespaces import Namespace
+from forebay.client.segments import SegmentTable
+from forebay.client.sync import Client
+from forebay.kvstore.errors import ForebayError, Timeout
+
+QUEUE_JOBS_MAX = 256
+LOOKUP_BLOCKS_MAX = 512
+"""Blocks of one lookup job: a load waits for no more than that."""
+DRAIN_S = 30.0
+"""How long `drain` waits for queued jobs, and again for those being done after it has given up the queued ones."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A job's outcome: `right` says of each of its blocks whether it was copied; none was when it was given up."""
+
+    job_id: int
+    is_load: bool
+    names: tuple[bytes, ...]
+    right: tuple[bool, ...]
+    transfer_s: float
+
+    @property
+    def success(self) -> bool:
+        return all(self.right)
+
+
+class Lane:
+    """A thread and its bounded queue of tasks, done in order."""
+
+    def __init__(self, name: str, tasks_max: int) -> None:
+        self._tasks: deque[tuple[Callable[[], None], Callable[[], None]]] = deque()
+        self._tasks_max = tasks_max
+        self._changed = threading.Condition()
+        self._busy = False
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def put(self, task: Callable[[], None], given_up: Callable[[], None]) -> bool:
+        """Queue a task; `given_up` is called instead if it is discarded. False: no room, or closed."""
+        with self._changed:
+            if self._closed or len(self._tasks) >= self._tasks_max:
+                return False
+            self._tasks.append((task, given_up))
+            self._changed.notify_all()
+            return True
+
+    def wait_idle(self, timeout_s: float) -> bool:
+        """Wait until nothing is queued or being done; False when the time ran out."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._tasks and not self._busy, timeout_s)
+
+    def discard(self) -> None:
+        """Give up what is queued; what is being done goes on."""
+        with self._changed:
+            dropped = list(self._tasks)
+            self._tasks.clear()
+            self._changed.notify_all()
+        for _, given_up in dropped:
+            given_up()
+
+    def close(self, timeout_s: float) -> bool:
+        """Give up what is queued and end the thread; False when it is still at work after the time."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self.discard()
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._busy = False
+                self._changed.notify_all()
+                self._changed.wait_for(lambda: bool(self._tasks) or self._closed)  # ends with `close`
+                if not self._tasks:
+                    return
+                task, _ = self._tasks.popleft()
+                self._busy = True
+            task()
+
+
+@dataclass(slots=True)
+class _Request:
+    """What one request asked: name -> stored, or None while not known; and the chain that its stores go on."""
+
+    verdicts: dict[bytes, bool | None] = field(default_factory=dict)
+    unasked: list[bytes] = field(default_factory=list)
+    parent: bytes = b""
+
+
+class TierJobs:
+    """Lookups, loads and stores of one tier. Called by one thread at a time (the scheduler's); returns at once.
+
+    Args:
+        table: the engine's own memory, that loads write and stores read. The engine leaves a block alone until its
+            job is finished.
+    """
+
+    def __init__(self, client: Client, ns: Namespace, table: SegmentTable) -> None:
+        self._client = client
+        self._ns = ns
+        self._table: SegmentTable | None = table
+        self._reading = Lane("forebay-tier-read", QUEUE_JOBS_MAX)
+        self._writing = Lane("forebay-tier-write", QUEUE_JOBS_MAX)
+        self._requests: dict[str, _Request] = {}
+        self._finished: deque[Finished] = deque()
+        self._answers: deque[tuple[str, Sequence[bytes], Sequence[bool]]] = deque()
+
+    # Lookups
+
+    def lookup(self, request_id: str, name: bytes) -> bool | None:
+        """Whether a block is stored; None: not known yet, ask again after the next `ask`."""
+        self._take_answers()
+        request = self._requests.setdefault(request_id, _Request())
+        if name not in request.verdicts:
+            request.verdicts[name] = None
+            request.unasked.append(name)
+        verdict = request.verdicts[name]
+        if verdict:
+            request.parent = name
+        return verdict
+
+    def ask(self) -> None:
+        """Send what `lookup` was asked since the last time; when there is no room for it, those are misses."""
+        self._take_answers()
+        for request_id, request in self._requests.items():
+            names, request.unasked = request.unasked, []
+            for start in range(0, len(names), LOOKUP_BLOCKS_MAX):
+                part = names[start : start + LOOKUP_BLOCKS_MAX]
+                if not self._put_lookup(request_id, part):
+                    request.verdicts.update(dict.fromkeys(part, False))
+
+    def forget(self, request_id: str) -> None:
+        """The request ended; jobs of it may still be under way."""
+        self._requests.pop(request_id, None)
+
+    def _put_lookup(self, request_id: str, names: list[bytes]) -> bool:
+        def given_up() -> None:
+            self._answers.append((request_id, names, [False] * len(names)))
+
+        def task() -> None:
+            try:
+                self._answers.append((request_id, names, scattered.stored(self._client, self._ns, names)))
+            except ForebayError:
+                given_up()
+
+        return self._reading.put(task, given_up)
+
+    def _take_answers(self) -> None:
+        while self._answers:
+            request_id, names, found = self._answers.popleft()
+            request = self._requests.get(request_id)
+            if request is None:
+                continue
+            for name, present in zip(names, found, strict=True):
+                if request.verdicts.get(name, False) is None:  # a load that failed meanwhile knows better
+                    request.verdicts[name] = present
+
+    # Transfers
+
+    def load(self, job_id: int, names: Sequence[bytes], block_ids: Sequence[int]) -> None:
+        """Copy stored blocks into the engine's memory."""
+
+        def copy(table: SegmentTable) -> list[bool]:
+            return scattered.fetch_each(self._client, self._ns, names, table, block_ids)
+
+        self._put(self._reading, job_id, tuple(names), copy, is_load=True)
+
+    def store(self, job_id: int, request_id: str, names: Sequence[bytes], block_ids: Sequence[int]) -> None:
+        """Copy blocks of the engine's memory to the daemon; they go on what the request found or stored last."""
+        request = self._requests.setdefault(request_id, _Request())
+        parent = request.parent
+        if names:
+            request.parent = names[-1]
+
+        def copy(table: SegmentTable) -> list[bool]:
+            return scattered.store_chain(self._client, self._ns, names, table, block_ids, parent)
+
+        self._put(self._writing, job_id, tuple(names), copy, is_load=False)
+
+    def touch(self, names: Sequence[bytes]) -> None:
+        """Hint that blocks are in use; dropped when the lane has no room."""
+        self._writing.put(lambda: self._touch(names), lambda: None)
+
+    def _touch(self, names: Sequence[bytes]) -> None:
+        try:
+            self._client.touch(self._ns, names)
+        except ForebayError:  # a hint: its loss costs nothing that could be told
+            return
+
+    def _put(
+        self,
+        lane: Lane,
+        job_id: int,
+        names: tuple[bytes, ...],
+        copy: Callable[[SegmentTable], list[bool]],
+        *,
+        is_load: bool,
+    ) -> None:
+        def given_up() -> None:
+            self._finished.append(Finished(job_id, is_load, names, (False,) * len(names), 0.0))
+
+        def task() -> None:
+            begun = time.perf_counter()
+            table = self._table
+            try:
+                right = tuple(copy(table)) if table is not None else (False,) * len(names)
+            except ForebayError:
+                right = (False,) * len(names)
+            self._finished.append(Finished(job_id, is_load, names, right, time.perf_counter() - begun))
+
+        if not lane.put(task, given_up):
+            given_up()
+
+    def finished(self) -> list[Finished]:
+        """Jobs that ended since the last call. Verdicts follow: what was stored is there, what was not loaded is not."""
+        done: list[Finished] = []
+        while self._finished:
+            job = self._finished.popleft()
+            done.append(job)
+            told = {name: right for name, right in zip(job.names, job.right, strict=True) if right != job.is_load}
+            for request in self._requests.values():
+                known = told.keys() & request.verdicts.keys()
+                request.verdicts.update({name: told[name] for name in known})
+        return done
+
+    # Life
+
+    def drain(self) -> None:
+        """Wait until no job is queued or being done; their outcomes are then there to collect.
+
+        After `DRAIN_S` the queued ones are given up. Raises Timeout when one is still being done `DRAIN_S` later.
+        """
+        for lane in (self._reading, self._writing):
+            if not lane.wait_idle(DRAIN_S):
+                lane.discard()
+                if not lane.wait_idle(DRAIN_S):
+                    raise Timeout("a copy of the forebay tier does not end")
+
+    def close(self) -> None:
+        """Give up what is queued, end the threads, let go of the engine's memory."""
+        ended = [lane.close(DRAIN_S) for lane in (self._reading, self._writing)]
+        if all(ended):
+            self._table = None
+        self._client.close()

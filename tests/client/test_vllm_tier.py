@@ -1,0 +1,405 @@
+"""The vLLM tier: what its scheduler may rely on, with a daemon of the real protocol, and the cases of vLLM's fs tier.
+
+vLLM's own types are used where vLLM is installed, small stand-ins elsewhere.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from forebay.client import tier_jobs
+from forebay.kvstore.errors import BadRequest, LayoutError, Timeout
+from forebay.transports.messages import Verb
+from support import fake_vllm
+from support.fake_daemon import FakeDaemon
+from support.live import eventually
+
+fake_vllm.install()
+
+from vllm.v1.kv_offload.base import LookupResult, Medium, ReqContext, ScheduleEndContext  # noqa: E402
+from vllm.v1.kv_offload.tiering.base import TransferJob  # noqa: E402
+
+from forebay.client.vllm_tier import ForebayTier  # noqa: E402
+
+ROWS, ROW_BYTES = 8, 256
+CTX = ReqContext(req_id="r")
+STEP = ScheduleEndContext(new_req_ids=[], preempted_req_ids=())
+HIT, MISS, RETRY = LookupResult.HIT, LookupResult.MISS, LookupResult.RETRY
+
+
+@pytest.fixture
+def daemon() -> Iterator[FakeDaemon]:
+    with FakeDaemon(capacity=256) as fake:
+        yield fake
+
+
+class Engine:
+    """A primary tier of random rows and our tier beneath it."""
+
+    def __init__(self, daemon: FakeDaemon, *, spec: Any = None, seed: int = 0, **options: Any) -> None:
+        self.rows = np.random.default_rng(seed).integers(1, 127, (ROWS, ROW_BYTES), dtype=np.int8)
+        options = {"runtime_dir": str(daemon.runtime_dir), **options}
+        self.tier = ForebayTier(spec or fake_vllm.spec(), memoryview(self.rows), "forebay", **options)
+
+    def job(
+        self, number: int, keys: Sequence[bytes], rows: Sequence[int], *, ctx: Any = CTX, load: bool = False
+    ) -> Any:
+        return TransferJob(number, keys, np.array(rows), load, ctx)
+
+    def store(self, number: int, keys: Sequence[bytes], rows: Sequence[int], *, ctx: Any = CTX) -> Any:
+        self.tier.submit_store(self.job(number, keys, rows, ctx=ctx))
+        return self.only()
+
+    def load(self, number: int, keys: Sequence[bytes], rows: Sequence[int], *, ctx: Any = CTX) -> Any:
+        self.tier.submit_load(self.job(number, keys, rows, ctx=ctx, load=True))
+        return self.only()
+
+    def only(self) -> Any:
+        self.tier.drain_jobs()
+        (result,) = self.tier.get_finished_jobs()
+        return result
+
+    def look(self, keys: Sequence[bytes], ctx: Any = CTX) -> list[Any]:
+        """The verdicts once they are known."""
+        first = [self.tier.lookup(key, ctx) for key in keys]
+        if RETRY not in first:
+            return first
+        self.tier.on_schedule_end(STEP)
+        self.tier.drain_jobs()
+        return [self.tier.lookup(key, ctx) for key in keys]
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.tier.shutdown()
+
+
+def key(number: int, group: int = 0) -> bytes:
+    return number.to_bytes(32, "big") + group.to_bytes(4, "big")
+
+
+KEYS = [key(number) for number in range(4)]
+
+
+def held_back(daemon: FakeDaemon) -> threading.Event:
+    """Keep the daemon's thread busy until the event is set, 10 s at most."""
+    release = threading.Event()
+    daemon._tasks.put(lambda: release.wait(10) and None)
+    import os
+
+    os.eventfd_write(daemon._wake, 1)
+    return release
+
+
+# --- the cases of vLLM's test_fs_tier.py ----------------------------------------------------------------------
+
+
+def test_empty_tier_misses(daemon: FakeDaemon) -> None:
+    with Engine(daemon) as engine:
+        assert engine.look(KEYS) == [MISS] * 4
+
+
+def test_stored_chunks_hit(daemon: FakeDaemon) -> None:
+    with Engine(daemon) as engine:
+        result = engine.store(7, KEYS, [0, 1, 2, 3])
+        assert (result.job_id, result.success, result.transfer_bytes) == (7, True, 4 * ROW_BYTES)
+        assert engine.look([*KEYS, key(9)]) == [HIT] * 4 + [MISS]
+
+
+def test_store_corrects_the_verdict_of_requests_that_asked_before(daemon: FakeDaemon) -> None:
+    with Engine(daemon) as engine:
+        assert engine.look(KEYS[:1]) == [MISS]
+        engine.store(1, KEYS[:1], [0], ctx=ReqContext(req_id="other"))
+        assert engine.tier.lookup(KEYS[0], CTX) is HIT
+
+
+def test_round_trip_to_other_rows(daemon: FakeDaemon) -> None:
+    with Engine(daemon) as engine:
+        before = engine.rows.copy()
+        engine.store(1, KEYS, [3, 1, 2, 0])
+        engine.rows[:] = 0
+        assert engine.load(2, KEYS, [4, 5, 6, 7]).success
+        assert np.array_equal(engine.rows[4:], before[[3, 1, 2, 0]])
+        assert not engine.rows[:4].any(), "a row that was not asked for was written"
+
+
+def test_chunk_of_another_writer_counts_as_stored(daemon: FakeDaemon) -> None:
+    with Engine(daemon) as one, Engine(daemon, seed=1) as two:
+        assert one.store(1, KEYS[:2], [0, 1]).success
+        assert two.store(1, KEYS, [0, 1, 2, 3]).success
+        assert two.load(2, KEYS[:1], [7]).success
+        assert np.array_equal(two.rows[7], one.rows[0])
+
+
+def test_load_of_what_is_not_there_fails(daemon: FakeDaemon) -> None:
+    with Engine(daemon) as engine:
+        result = engine.load(1, KEYS, [0, 1, 2, 3])
+        assert (result.success, result.successful_keys) == (False, None)
+
+
+def test_jobs_are_told_one_by_one(daemon: FakeDaemon) -> None:
+    with Engine(daemon) as engine:
+        for number in range(4):
+            engine.tier.submit_store(engine.job(number, [KEYS[number]], [number]))
+        engine.tier.drain_jobs()
+        assert sorted(result.job_id for result in engine.tier.get_finished_jobs()) == [0, 1, 2, 3]
+        assert not engine.tier.get_finished_jobs()
+
+
+def test_partial_load_keeps_what_came(daemon: FakeDaemon) -> None:
+    """The rest is a miss for the request that asked, and a new request asks anew."""
+    with Engine(daemon) as engine:
+        engine.store(1, KEYS, [0, 1, 2, 3])
+        assert engine.look(KEYS) == [HIT] * 4
+        lost = engine.tier._jobs._client
+        lost.evict(engine.tier._jobs._ns, list(daemon.run(lambda: list(daemon.namespace().blocks)))[2:3])
+        result = engine.load(2, KEYS, [4, 5, 6, 7])
+        assert not result.success
+        assert tuple(result.successful_keys) == (KEYS[0], KEYS[1], KEYS[3])
+        assert [engine.tier.lookup(each, CTX) for each in KEYS] == [HIT, HIT, MISS, HIT]
+        assert engine.look(KEYS, ReqContext(req_id="fresh")) == [HIT, HIT, MISS, HIT]
+
+
+def test_corrupt_chunk_is_a_miss_and_removed(daemon: FakeDaemon) -> None:
+    """Or the request would be promised it for ever, and nobody could store a right one."""
+    with Engine(daemon, verify="load") as engine:
+        engine.store(1, KEYS, [0, 1, 2, 3])
+        assert engine.look(KEYS) == [HIT] * 4
+
+        def damage() -> None:
+            space = daemon.namespace()
+            space.write(list(space.blocks.values())[1], b"\x7e" * ROW_BYTES)
+
+        daemon.run(damage)
+        result = engine.load(2, KEYS, [4, 5, 6, 7])
+        assert tuple(result.successful_keys) == (KEYS[0], KEYS[2], KEYS[3])
+        assert engine.tier.lookup(KEYS[1], CTX) is MISS
+        assert daemon.run(lambda: len(daemon.namespace().blocks)) == 3
+        assert engine.store(3, [KEYS[1]], [1]).success
+        assert engine.load(4, [KEYS[1]], [4]).success
+
+
+def test_passing_failure_leaves_the_chunk(daemon: FakeDaemon) -> None:
+    with Engine(daemon) as engine:
+        engine.store(1, KEYS[:1], [0])
+        assert engine.look(KEYS[:1]) == [HIT]
+        daemon.run(lambda: daemon.fail.update({Verb.ACQUIRE: Timeout("later")}))
+        assert not engine.load(2, KEYS[:1], [4]).success
+        assert engine.tier.lookup(KEYS[0], CTX) is MISS
+        daemon.run(daemon.fail.clear)
+        assert engine.look(KEYS[:1], ReqContext(req_id="fresh")) == [HIT]
+
+
+def test_failed_load_of_a_finished_request_leaves_a_newer_question_alone(daemon: FakeDaemon) -> None:
+    with Engine(daemon) as engine:
+        newer = ReqContext(req_id="newer")
+        engine.tier.submit_load(engine.job(2, KEYS[:1], [1], load=True))
+        engine.tier.on_request_finished(CTX)
+        assert engine.tier.lookup(KEYS[0], newer) is RETRY
+        assert not engine.only().success
+        assert engine.tier.lookup(KEYS[0], newer) is MISS
+
+
+def test_shutdown_gives_up_what_is_queued(daemon: FakeDaemon) -> None:
+    engine = Engine(daemon)
+    engine.store(0, KEYS[:1], [0])
+    release = held_back(daemon)
+    for number in range(1, 20):
+        engine.tier.submit_store(engine.job(number, [key(100 + number)], [number % ROWS]))
+    threading.Timer(0.2, release.set).start()
+    begun = time.monotonic()
+    engine.tier.shutdown()
+    assert time.monotonic() - begun < 5
+    outcomes = {result.job_id: result.success for result in engine.tier.get_finished_jobs()}
+    assert set(outcomes) == set(range(1, 20)), "every job is told of"
+    assert list(outcomes.values()).count(True) <= 1
+    engine.tier.submit_store(engine.job(20, KEYS, [0, 1, 2, 3]))
+    assert [result.success for result in engine.tier.get_finished_jobs()] == [False]
+
+
+@pytest.mark.parametrize("rows", [[0, 1, 2, ROWS], [-1, 0, 1, 2]])
+def test_row_out_of_bounds_fails_the_job_alone(daemon: FakeDaemon, rows: list[int]) -> None:
+    with Engine(daemon) as engine:
+        assert not engine.store(1, KEYS, rows).success
+        assert not engine.load(2, KEYS, rows).success
+        assert engine.store(3, KEYS, [0, 1, 2, 3]).success
+
+
+def test_events_tell_what_was_stored(daemon: FakeDaemon) -> None:
+    spec = fake_vllm.spec(events=True)
+    with Engine(daemon, spec=spec, enable_kv_events=True, locality="REMOTE") as engine:
+        engine.store(1, KEYS[:2], [0, 1])
+        engine.load(2, KEYS[:2], [4, 5])
+        assert not engine.store(3, KEYS, [0, 1, 2, ROWS]).success
+        (event,) = engine.tier.take_events()
+        assert (event.keys, event.medium, event.removed) == (KEYS[:2], Medium.CPU, False)
+        assert event.locality.value == "REMOTE"
+        assert not engine.tier.take_events()
+
+
+@pytest.mark.parametrize(("events", "enabled"), [(True, False), (False, True)])
+def test_events_need_both_switches(daemon: FakeDaemon, events: bool, enabled: bool) -> None:
+    with Engine(daemon, spec=fake_vllm.spec(events=events), enable_kv_events=enabled) as engine:
+        engine.store(1, KEYS, [0, 1, 2, 3])
+        assert not engine.tier.take_events()
+
+
+# --- the scheduler's side -------------------------------------------------------------------------------------
+
+
+def test_scheduler_never_waits_for_a_hung_daemon(daemon: FakeDaemon) -> None:
+    """Every call returns at once while the daemon answers nothing."""
+    with Engine(daemon, timeout_ms=2000) as engine:
+        engine.store(0, KEYS, [0, 1, 2, 3])
+        release = held_back(daemon)
+        begun = time.perf_counter()
+        assert engine.tier.lookup(KEYS[0], CTX) is RETRY
+        engine.tier.on_schedule_end(STEP)
+        engine.tier.submit_load(engine.job(1, KEYS, [4, 5, 6, 7], load=True))
+        engine.tier.submit_store(engine.job(2, [key(9)], [0]))
+        engine.tier.touch(KEYS, CTX)
+        assert engine.tier.lookup(KEYS[0], CTX) is RETRY
+        assert not engine.tier.get_finished_jobs()
+        took = time.perf_counter() - begun
+        release.set()
+        assert took < 0.1
+        engine.tier.drain_jobs()
+        assert [result.success for result in engine.tier.get_finished_jobs()] == [True, True]
+
+
+def test_full_queue_fails_at_once(daemon: FakeDaemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lookup becomes a miss, a job a failed job; nothing grows without bound."""
+    monkeypatch.setattr(tier_jobs, "QUEUE_JOBS_MAX", 2)
+    with Engine(daemon, timeout_ms=5000) as engine:
+        engine.store(0, KEYS, [0, 1, 2, 3])
+        release = held_back(daemon)
+        for number in range(1, 6):
+            engine.tier.submit_load(engine.job(number, KEYS, [4, 5, 6, 7], load=True))
+        failed = [result.job_id for result in engine.tier.get_finished_jobs()]
+        engine.tier.lookup(KEYS[0], CTX)
+        engine.tier.on_schedule_end(STEP)
+        verdict = engine.tier.lookup(KEYS[0], CTX)
+        release.set()
+        assert set(failed) >= {4, 5}
+        assert verdict is MISS
+        engine.tier.drain_jobs()
+
+
+def test_chain_goes_on_what_the_request_found(daemon: FakeDaemon) -> None:
+    """The daemon then evicts the end of a conversation before its beginning."""
+    with Engine(daemon) as engine:
+        engine.store(1, KEYS[:2], [0, 1])
+        later = ReqContext(req_id="later")
+        assert engine.look(KEYS, later) == [HIT, HIT, MISS, MISS]
+        engine.store(2, KEYS[2:], [2, 3], ctx=later)
+        reserves = daemon.run(lambda: [r for _, r in daemon.requests if r.verb == Verb.RESERVE])
+        assert reserves[-1].parent == reserves[0].blob[32:64]
+
+
+def test_requests_leave_nothing_behind(daemon: FakeDaemon) -> None:
+    with Engine(daemon) as engine:
+        for number in range(100):
+            ctx = ReqContext(req_id=str(number))
+            engine.tier.on_new_request(ctx)
+            engine.look([key(number)], ctx)
+            engine.store(number, [key(number)], [number % ROWS], ctx=ctx)
+            engine.load(1000 + number, [key(number)], [0], ctx=ctx)
+            engine.tier.on_request_finished(ctx)
+        assert (engine.tier._jobs._requests, engine.tier._keys) == ({}, {})
+        eventually(lambda: daemon.held() == (0, 0), "no lease and no reservation is held")
+
+
+def test_dead_daemon_is_misses_and_failed_jobs(daemon: FakeDaemon) -> None:
+    with Engine(daemon) as engine:
+        engine.store(1, KEYS, [0, 1, 2, 3])
+        daemon.stop()
+        assert engine.look(KEYS) == [MISS] * 4
+        assert not engine.load(2, KEYS, [4, 5, 6, 7]).success
+        assert not engine.store(3, KEYS, [0, 1, 2, 3]).success
+
+
+def test_engine_starts_without_a_daemon(tmp_path: Any) -> None:
+    rows = np.zeros((ROWS, ROW_BYTES), np.int8)
+    tier = ForebayTier(fake_vllm.spec(), memoryview(rows), "forebay", runtime_dir=str(tmp_path))
+    tier.lookup(KEYS[0], CTX)
+    tier.on_schedule_end(STEP)
+    tier.drain_jobs()
+    assert tier.lookup(KEYS[0], CTX) is MISS
+    tier.shutdown()
+
+
+def test_shutdown_lets_go_of_the_engines_memory(daemon: FakeDaemon) -> None:
+    """vLLM unmaps it then."""
+    memory = bytearray(ROWS * ROW_BYTES)
+    view = memoryview(memory).cast("b", (ROWS, ROW_BYTES))
+    tier = ForebayTier(fake_vllm.spec(), view, "forebay", runtime_dir=str(daemon.runtime_dir))
+    tier.shutdown()
+    del tier
+    view.release()
+    memory.clear()
+    assert not memory
+
+
+# --- namespaces and options -----------------------------------------------------------------------------------
+
+GROUP = type(fake_vllm.spec().config.groups[0])
+APART: list[dict[str, Any]] = [
+    {"name": "other"},
+    {"dtype": "bfloat16"},
+    {"tokens_per_hash": 32},
+    {"blocks_per_chunk": 2},
+    {"tp_size": 2},
+    {"pp_size": 2},
+    {"dcp_size": 2},
+    {"replicated_layout": True},
+    {"canonical_layout": True},
+    {"kv_cache_layout": "LBNHC"},
+    {"worker_kv_bytes_per_block": 128},
+    {"groups": (GROUP(tokens_per_block=16, layer_names=("other",), group_id=0),)},
+]
+
+
+@pytest.mark.parametrize("changed", APART, ids=repr)
+def test_what_makes_chunks_incompatible_keeps_them_apart(daemon: FakeDaemon, changed: dict[str, Any]) -> None:
+    with Engine(daemon) as one, Engine(daemon, spec=fake_vllm.spec(**changed)) as other:
+        assert one.store(1, KEYS, [0, 1, 2, 3]).success
+        assert other.look(KEYS) == [MISS] * 4
+
+
+def test_revisions_and_groups_are_apart(daemon: FakeDaemon) -> None:
+    with Engine(daemon, revision="1") as one, Engine(daemon, revision="2") as other:
+        assert one.store(1, KEYS, [0, 1, 2, 3]).success
+        assert other.look(KEYS) == [MISS] * 4
+        assert one.look([key(0, group=1)]) == [MISS]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"budgetms": 3},
+        {"timeout_ms": "3"},
+        {"copy_threads": True},
+        {"revision": 3},
+        {"enable_kv_events": "yes"},
+        {"locality": "local"},
+    ],
+    ids=repr,
+)
+def test_wrong_options_stop_the_engine(options: dict[str, Any]) -> None:
+    rows = np.zeros((ROWS, ROW_BYTES), np.int8)
+    with pytest.raises(BadRequest):
+        ForebayTier(fake_vllm.spec(), memoryview(rows), "forebay", **options)
+
+
+def test_memory_that_cannot_be_copied_stops_the_engine() -> None:
+    rows = np.zeros((ROWS, ROW_BYTES), np.int8)
+    for view in (memoryview(rows).toreadonly(), memoryview(rows[:, : ROW_BYTES // 2]), memoryview(rows.ravel())):
+        with pytest.raises(LayoutError):
+            ForebayTier(fake_vllm.spec(), view, "forebay")
