@@ -232,7 +232,7 @@ class TierJobs:
             given_up()
 
     def finished(self) -> list[Finished]:
-        """Jobs that ended since the last call. Verdicts follow: what was stored is there, what was not loaded is not."""
+        """Jobs that ended since the last call. Verdicts follow: what was stored is there, what a load lacked is not."""
         done: list[Finished] = []
         while self._finished:
             job = self._finished.popleft()

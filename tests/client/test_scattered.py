@@ -1,4 +1,4 @@
-"""Blocks with gaps between them, held against a plain list, on a real daemon: an eviction's dry run does the counting."""
+"""Blocks with gaps between them, held against a plain list, on a real daemon: its dry run of an eviction counts."""
 
 from __future__ import annotations
 
