@@ -7,6 +7,7 @@ is a miss for a lookup and a lost store for a store. Each call has the client's 
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
@@ -18,6 +19,8 @@ from forebay.client.namespaces import Namespace
 from forebay.client.segments import SegmentTable
 from forebay.client.sync import Client
 from forebay.kvstore.errors import ForebayError, Timeout
+
+log = logging.getLogger(__name__)
 
 QUEUE_JOBS_MAX = 256
 LOOKUP_BLOCKS_MAX = 512
@@ -32,7 +35,7 @@ class Finished:
 
     job_id: int
     is_load: bool
-    names: tuple[bytes, ...]
+    keys: tuple[bytes, ...]
     right: tuple[bool, ...]
     transfer_s: float
 
@@ -86,21 +89,31 @@ class Lane:
         return not self._thread.is_alive()
 
     def _run(self) -> None:
-        while True:
+        try:
+            while (task := self._next()) is not None:
+                task()
+        finally:  # a bug ended it: what waits must not wait for ever
             with self._changed:
-                self._busy = False
+                self._closed, self._busy = True, False
                 self._changed.notify_all()
-                self._changed.wait_for(lambda: bool(self._tasks) or self._closed)  # ends with `close`
-                if not self._tasks:
-                    return
-                task, _ = self._tasks.popleft()
-                self._busy = True
-            task()
+            self.discard()
+
+    def _next(self) -> Callable[[], None] | None:
+        """Wait for the next task, which then is being done; None once the lane is closed and empty."""
+        with self._changed:
+            self._busy = False
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: bool(self._tasks) or self._closed)  # ends with `close`
+            if not self._tasks:
+                return None
+            task, _ = self._tasks.popleft()
+            self._busy = True
+            return task
 
 
 @dataclass(slots=True)
 class _Request:
-    """What one request asked: name -> stored, or None while not known; and the chain that its stores go on."""
+    """What one request asked: key -> stored, or None while not known; and the chain that its stores go on."""
 
     verdicts: dict[bytes, bool | None] = field(default_factory=dict)
     unasked: list[bytes] = field(default_factory=list)
@@ -113,12 +126,14 @@ class TierJobs:
     Args:
         table: the engine's own memory, that loads write and stores read. The engine leaves a block alone until its
             job is finished.
+        name_of: the hash in `ns` that stands for an engine's key; called on the lanes.
     """
 
-    def __init__(self, client: Client, ns: Namespace, table: SegmentTable) -> None:
+    def __init__(self, client: Client, ns: Namespace, table: SegmentTable, name_of: Callable[[bytes], bytes]) -> None:
         self._client = client
         self._ns = ns
         self._table: SegmentTable | None = table
+        self._name_of = name_of
         self._reading = Lane("forebay-tier-read", QUEUE_JOBS_MAX)
         self._writing = Lane("forebay-tier-write", QUEUE_JOBS_MAX)
         self._requests: dict[str, _Request] = {}
@@ -127,25 +142,28 @@ class TierJobs:
 
     # Lookups
 
-    def lookup(self, request_id: str, name: bytes) -> bool | None:
+    def lookup(self, request_id: str, key: bytes) -> bool | None:
         """Whether a block is stored; None: not known yet, ask again after the next `ask`."""
-        self._take_answers()
-        request = self._requests.setdefault(request_id, _Request())
-        if name not in request.verdicts:
-            request.verdicts[name] = None
-            request.unasked.append(name)
-        verdict = request.verdicts[name]
+        if self._answers:
+            self._take_answers()
+        request = self._requests.get(request_id)
+        if request is None:
+            request = self._requests[request_id] = _Request()
+        verdict = request.verdicts.get(key)
         if verdict:
-            request.parent = name
+            request.parent = key
+        elif verdict is None and key not in request.verdicts:
+            request.verdicts[key] = None
+            request.unasked.append(key)
         return verdict
 
     def ask(self) -> None:
         """Send what `lookup` was asked since the last time; when there is no room for it, those are misses."""
         self._take_answers()
         for request_id, request in self._requests.items():
-            names, request.unasked = request.unasked, []
-            for start in range(0, len(names), LOOKUP_BLOCKS_MAX):
-                part = names[start : start + LOOKUP_BLOCKS_MAX]
+            keys, request.unasked = request.unasked, []
+            for start in range(0, len(keys), LOOKUP_BLOCKS_MAX):
+                part = keys[start : start + LOOKUP_BLOCKS_MAX]
                 if not self._put_lookup(request_id, part):
                     request.verdicts.update(dict.fromkeys(part, False))
 
@@ -153,13 +171,13 @@ class TierJobs:
         """The request ended; jobs of it may still be under way."""
         self._requests.pop(request_id, None)
 
-    def _put_lookup(self, request_id: str, names: list[bytes]) -> bool:
+    def _put_lookup(self, request_id: str, keys: list[bytes]) -> bool:
         def given_up() -> None:
-            self._answers.append((request_id, names, [False] * len(names)))
+            self._answers.append((request_id, keys, [False] * len(keys)))
 
         def task() -> None:
             try:
-                self._answers.append((request_id, names, scattered.stored(self._client, self._ns, names)))
+                self._answers.append((request_id, keys, scattered.stored(self._client, self._ns, self._names(keys))))
             except ForebayError:
                 given_up()
 
@@ -167,43 +185,47 @@ class TierJobs:
 
     def _take_answers(self) -> None:
         while self._answers:
-            request_id, names, found = self._answers.popleft()
+            request_id, keys, found = self._answers.popleft()
             request = self._requests.get(request_id)
             if request is None:
                 continue
-            for name, present in zip(names, found, strict=True):
-                if request.verdicts.get(name, False) is None:  # a load that failed meanwhile knows better
-                    request.verdicts[name] = present
+            for key, present in zip(keys, found, strict=True):
+                if request.verdicts.get(key, False) is None:  # a load that failed meanwhile knows better
+                    request.verdicts[key] = present
+
+    def _names(self, keys: Sequence[bytes]) -> list[bytes]:
+        return list(map(self._name_of, keys))
 
     # Transfers
 
-    def load(self, job_id: int, names: Sequence[bytes], block_ids: Sequence[int]) -> None:
+    def load(self, job_id: int, keys: Sequence[bytes], block_ids: Sequence[int]) -> None:
         """Copy stored blocks into the engine's memory."""
 
         def copy(table: SegmentTable) -> list[bool]:
-            return scattered.fetch_each(self._client, self._ns, names, table, block_ids)
+            return scattered.fetch_each(self._client, self._ns, self._names(keys), table, block_ids)
 
-        self._put(self._reading, job_id, tuple(names), copy, is_load=True)
+        self._put(self._reading, job_id, tuple(keys), copy, is_load=True)
 
-    def store(self, job_id: int, request_id: str, names: Sequence[bytes], block_ids: Sequence[int]) -> None:
+    def store(self, job_id: int, request_id: str, keys: Sequence[bytes], block_ids: Sequence[int]) -> None:
         """Copy blocks of the engine's memory to the daemon; they go on what the request found or stored last."""
         request = self._requests.setdefault(request_id, _Request())
         parent = request.parent
-        if names:
-            request.parent = names[-1]
+        if keys:
+            request.parent = keys[-1]
 
         def copy(table: SegmentTable) -> list[bool]:
-            return scattered.store_chain(self._client, self._ns, names, table, block_ids, parent)
+            before = self._name_of(parent) if parent else b""
+            return scattered.store_chain(self._client, self._ns, self._names(keys), table, block_ids, before)
 
-        self._put(self._writing, job_id, tuple(names), copy, is_load=False)
+        self._put(self._writing, job_id, tuple(keys), copy, is_load=False)
 
-    def touch(self, names: Sequence[bytes]) -> None:
+    def touch(self, keys: Sequence[bytes]) -> None:
         """Hint that blocks are in use; dropped when the lane has no room."""
-        self._writing.put(lambda: self._touch(names), lambda: None)
+        self._writing.put(lambda: self._touch(keys), lambda: None)
 
-    def _touch(self, names: Sequence[bytes]) -> None:
+    def _touch(self, keys: Sequence[bytes]) -> None:
         try:
-            self._client.touch(self._ns, names)
+            self._client.touch(self._ns, self._names(keys))
         except ForebayError:  # a hint: its loss costs nothing that could be told
             return
 
@@ -211,22 +233,24 @@ class TierJobs:
         self,
         lane: Lane,
         job_id: int,
-        names: tuple[bytes, ...],
+        keys: tuple[bytes, ...],
         copy: Callable[[SegmentTable], list[bool]],
         *,
         is_load: bool,
     ) -> None:
+        nothing = (False,) * len(keys)
+
         def given_up() -> None:
-            self._finished.append(Finished(job_id, is_load, names, (False,) * len(names), 0.0))
+            self._finished.append(Finished(job_id, is_load, keys, nothing, 0.0))
 
         def task() -> None:
-            begun = time.perf_counter()
-            table = self._table
+            begun, right, table = time.perf_counter(), nothing, self._table
             try:
-                right = tuple(copy(table)) if table is not None else (False,) * len(names)
-            except ForebayError:
-                right = (False,) * len(names)
-            self._finished.append(Finished(job_id, is_load, names, right, time.perf_counter() - begun))
+                right = tuple(copy(table)) if table is not None else nothing
+            except ForebayError as error:
+                log.warning("job %d copied nothing: %s: %s", job_id, type(error).__name__, error)
+            finally:
+                self._finished.append(Finished(job_id, is_load, keys, right, time.perf_counter() - begun))
 
         if not lane.put(task, given_up):
             given_up()
@@ -237,10 +261,10 @@ class TierJobs:
         while self._finished:
             job = self._finished.popleft()
             done.append(job)
-            told = {name: right for name, right in zip(job.names, job.right, strict=True) if right != job.is_load}
+            told = {key: right for key, right in zip(job.keys, job.right, strict=True) if right != job.is_load}
             for request in self._requests.values():
                 known = told.keys() & request.verdicts.keys()
-                request.verdicts.update({name: told[name] for name in known})
+                request.verdicts.update({key: told[key] for key in known})
         return done
 
     # Life

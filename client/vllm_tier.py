@@ -77,7 +77,7 @@ class ForebayTier(SecondaryTierManager):
         spec = namespace_spec(offloading_spec.config, table.block_bytes, revision)
         spec.validate()
         client = client_of(client_options(options, name=f"vllm-tier {spec.model}"[:120]))
-        self._jobs = TierJobs(client, client.open_namespace(spec), table)
+        self._jobs = TierJobs(client, client.open_namespace(spec), table, _name)
         self._row_bytes = table.block_bytes
         self._keys: dict[int, list[Any]] = {}
         self._events: list[Any] = []
@@ -88,7 +88,7 @@ class ForebayTier(SecondaryTierManager):
     # Lookups
 
     def lookup(self, key: Any, req_context: Any) -> Any:
-        found = self._jobs.lookup(req_context.req_id, _name(key))
+        found = self._jobs.lookup(req_context.req_id, key)
         if found is None:
             return LookupResult.RETRY
         return LookupResult.HIT if found else LookupResult.MISS
@@ -103,17 +103,17 @@ class ForebayTier(SecondaryTierManager):
         self._jobs.forget(req_context.req_id)
 
     def touch(self, keys: Collection[Any], req_context: Any) -> None:
-        self._jobs.touch([_name(key) for key in keys])
+        self._jobs.touch(list(keys))
 
     # Transfers
 
     def submit_store(self, job_metadata: Any) -> None:
         keys, rows = self._begin(job_metadata)
-        self._jobs.store(job_metadata.job_id, job_metadata.req_context.req_id, [_name(key) for key in keys], rows)
+        self._jobs.store(job_metadata.job_id, job_metadata.req_context.req_id, keys, rows)
 
     def submit_load(self, job_metadata: Any) -> None:
         keys, rows = self._begin(job_metadata)
-        self._jobs.load(job_metadata.job_id, [_name(key) for key in keys], rows)
+        self._jobs.load(job_metadata.job_id, keys, rows)
 
     def get_finished_jobs(self) -> Iterable[Any]:
         return [self._result(job) for job in self._jobs.finished()]

@@ -5,6 +5,7 @@ vLLM's own types are used where vLLM is installed, small stand-ins elsewhere.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -92,8 +93,6 @@ def held_back(daemon: FakeDaemon) -> threading.Event:
     """Keep the daemon's thread busy until the event is set, 10 s at most."""
     release = threading.Event()
     daemon._tasks.put(lambda: release.wait(10) and None)
-    import os
-
     os.eventfd_write(daemon._wake, 1)
     return release
 
@@ -274,6 +273,29 @@ def test_scheduler_never_waits_for_a_hung_daemon(daemon: FakeDaemon) -> None:
         assert [result.success for result in engine.tier.get_finished_jobs()] == [True, True]
 
 
+def test_scheduler_pays_little_for_a_thousand_chunks(daemon: FakeDaemon) -> None:
+    """What one request costs the scheduler's thread: its first lookups, the question sent, its second lookups."""
+    keys, took = [key(number) for number in range(1000)], []
+    with Engine(daemon) as engine:
+        for number in range(30):
+            ctx = ReqContext(req_id=str(number))
+            begun = time.perf_counter()
+            for each in keys:
+                engine.tier.lookup(each, ctx)
+            engine.tier.on_schedule_end(STEP)
+            asked = time.perf_counter() - begun
+            engine.tier.drain_jobs()
+            begun = time.perf_counter()
+            assert all(engine.tier.lookup(each, ctx) is MISS for each in keys)
+            took.append(asked + time.perf_counter() - begun)
+            engine.tier.on_request_finished(ctx)
+    took.sort()
+    print(
+        f"1 000 chunks, both rounds of lookups: median {took[15] * 1e3:.2f} ms, slowest of 30 {took[-1] * 1e3:.2f} ms"
+    )
+    assert took[15] < 0.05
+
+
 def test_full_queue_fails_at_once(daemon: FakeDaemon, monkeypatch: pytest.MonkeyPatch) -> None:
     """A lookup becomes a miss, a job a failed job; nothing grows without bound."""
     monkeypatch.setattr(tier_jobs, "QUEUE_JOBS_MAX", 2)
@@ -403,3 +425,20 @@ def test_memory_that_cannot_be_copied_stops_the_engine() -> None:
     for view in (memoryview(rows).toreadonly(), memoryview(rows[:, : ROW_BYTES // 2]), memoryview(rows.ravel())):
         with pytest.raises(LayoutError):
             ForebayTier(fake_vllm.spec(), view, "forebay")
+
+
+def test_lane_that_dies_fails_its_jobs_and_hangs_nobody(daemon: FakeDaemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only a bug can end it; jobs are told of all the same, and the engine's shutdown does not wait for it."""
+    engine = Engine(daemon)
+
+    def bug(*_: object) -> list[bool]:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(tier_jobs.scattered, "fetch_each", bug)
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    engine.tier.submit_load(engine.job(1, KEYS, [0, 1, 2, 3], load=True))
+    engine.tier._jobs.drain()
+    engine.tier.submit_load(engine.job(2, KEYS, [0, 1, 2, 3], load=True))
+    engine.tier.drain_jobs()
+    assert [(r.job_id, r.success) for r in engine.tier.get_finished_jobs()] == [(1, False), (2, False)]
+    engine.tier.shutdown()

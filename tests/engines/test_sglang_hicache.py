@@ -6,10 +6,14 @@ Needs SGLang (0.5.23), without its CUDA parts; a real daemon; the backend is mad
 from __future__ import annotations
 
 import hashlib
+import importlib.machinery
+import importlib.util
 import random
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 
@@ -178,3 +182,44 @@ def test_same_answers_and_bytes_as_the_file_backend(daemon: LiveDaemon, tmp_path
     assert pair.true > 50, "hardly anything was found"
     assert pair.false > 20, "hardly anything was missed"
     pair.forebay.close()
+
+
+@pytest.fixture
+def mha_pool(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """SGLang's host pool of keys and values, whose module imports torchvision and does not use it here."""
+    if importlib.util.find_spec("torchvision") is None:
+        for name in ("torchvision", "torchvision.transforms", "torchvision.transforms.functional"):
+            stand_in = MagicMock(__spec__=importlib.machinery.ModuleSpec(name, None), __path__=[])
+            monkeypatch.setitem(sys.modules, name, stand_in)
+    return pytest.importorskip("sglang.srt.mem_cache.pool_host.mha").MHATokenToKVPoolHost
+
+
+@pytest.mark.parametrize("layout", ["page_first", "page_first_direct", "layer_first"])
+def test_pages_of_sglangs_own_host_pool_come_back(daemon: LiveDaemon, mha_pool: Any, layout: str) -> None:
+    """Its geometry and its addresses, without the device that its constructor wants."""
+    pages, size, layers, heads, width = 6, 4, 3, 2, 8
+    shapes = {
+        "page_first": (2, pages * size, layers, heads, width),
+        "page_first_direct": (2, pages, layers, size, heads, width),
+        "layer_first": (2, layers, pages * size, heads, width),
+    }
+    pool = mha_pool.__new__(mha_pool)
+    pool.layout, pool.page_size, pool.page_num, pool.size = layout, size, pages, pages * size
+    pool.layer_num, pool.head_num, pool.head_dim, pool.dtype = layers, heads, width, torch.bfloat16
+    pool.kv_buffer = torch.randn(shapes[layout]).to(torch.bfloat16)
+    backend = StorageBackendFactory.create_backend("dynamic", config(daemon, f"real {layout}"), pool)
+    backend.register_mem_pool_host(pool)
+    assert type(backend._pools["kv"]).__name__ == "_MappedPool"
+    before = [pool.get_data_page(page * size).clone() for page in range(pages)]
+    keys = CHAINS[0][:3]
+
+    def slots(chosen: list[int]) -> Any:
+        return torch.cat([torch.arange(size) + page * size for page in chosen])
+
+    assert backend.batch_set_v1(keys, slots([5, 0, 2])) == [True] * 3
+    pool.kv_buffer.zero_()
+    assert backend.batch_get_v1(keys, slots([1, 3, 4])) == [True] * 3
+    for target, source in zip([1, 3, 4], [5, 0, 2], strict=True):
+        assert torch.equal(pool.get_data_page(target * size), before[source])
+    assert not pool.get_data_page(0).any()
+    backend.close()
