@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any
@@ -48,6 +50,7 @@ OPTIONS_KEY = "forebay"
 _KV = str(PoolName.KV.value)
 _MAMBA = str(PoolName.MAMBA.value)
 _HASH_BYTES = 32
+_METERED_MAX = 4096
 _GEOMETRY = (
     "layer_num",
     "start_layer",
@@ -84,6 +87,7 @@ class ForebayStorage(HiCacheStorage):
         self._client = client_of(client_options(options, name=self._identity.client_name))
         self._by_address = bool((storage_config.extra_config or {}).get("interface_v1"))
         self._pools: dict[str, _MappedPool | _CopiedPool] = {}
+        self._meter = _Meter() if getattr(storage_config, "enable_storage_metrics", False) else None
 
     # Registration
 
@@ -189,6 +193,10 @@ class ForebayStorage(HiCacheStorage):
 
     # Life
 
+    def get_stats(self) -> Any:
+        """Pages and GB/s of each transfer since the last call, for SGLang's metrics; None when it wants none."""
+        return self._meter.taken() if self._meter else None
+
     def clear(self) -> bool:
         """Remove this rank's pages of this model; whether the daemon did."""
         for pool in self._pools.values():
@@ -203,7 +211,11 @@ class ForebayStorage(HiCacheStorage):
     def _get(self, name: Any, keys: Sequence[str], host_indices: Any) -> list[bool]:
         try:
             pool, pages = self._pages(name, keys, host_indices)
-            return pool.load(_names(keys), pages)
+            begun = time.perf_counter()
+            right = pool.load(_names(keys), pages)
+            if self._meter:
+                self._meter.prefetched(sum(right), pool.ns.block_bytes, time.perf_counter() - begun)
+            return right
         except ForebayError as error:
             log.warning("no page of %s was read: %s: %s", name, type(error).__name__, error)
             return [False] * len(keys)
@@ -215,7 +227,11 @@ class ForebayStorage(HiCacheStorage):
             pool, pages = self._pages(name, keys, host_indices)
             prefix = getattr(extra_info, "prefix_keys", None) if _pool_name(name) == _KV else None
             parent = _names(prefix[-1:])[0] if prefix else b""
-            return pool.save(_names(keys), pages, parent)
+            begun = time.perf_counter()
+            right = pool.save(_names(keys), pages, parent)
+            if self._meter:
+                self._meter.backed_up(sum(right), pool.ns.block_bytes, time.perf_counter() - begun)
+            return right
         except ForebayError as error:
             log.warning("no page of %s was stored: %s: %s", name, type(error).__name__, error)
             return [False] * len(keys)
@@ -305,6 +321,37 @@ class _Identity:
             hash_scheme="sglang-page-sha256",
             hash_bytes=_HASH_BYTES,
         )
+
+
+class _Meter:
+    """What SGLang's `StorageMetrics` hold: pages of each transfer, and its GB/s. Bounded, should nobody collect."""
+
+    def __init__(self) -> None:
+        self._prefetched: deque[tuple[int, float]] = deque(maxlen=_METERED_MAX)
+        self._backed_up: deque[tuple[int, float]] = deque(maxlen=_METERED_MAX)
+
+    def prefetched(self, pages: int, page_bytes: int, took_s: float) -> None:
+        if pages:
+            self._prefetched.append((pages, pages * page_bytes / took_s / 1e9))
+
+    def backed_up(self, pages: int, page_bytes: int, took_s: float) -> None:
+        if pages:
+            self._backed_up.append((pages, pages * page_bytes / took_s / 1e9))
+
+    def taken(self) -> Any:
+        """A new `StorageMetrics`; what it holds is forgotten here."""
+        from sglang.srt.observability.metrics_collector import StorageMetrics
+
+        metrics = StorageMetrics()
+        for kept, pages, rates in (
+            (self._prefetched, metrics.prefetch_pgs, metrics.prefetch_bandwidth),
+            (self._backed_up, metrics.backup_pgs, metrics.backup_bandwidth),
+        ):
+            while kept:
+                count, rate = kept.popleft()
+                pages.append(count)
+                rates.append(rate)
+        return metrics
 
 
 class _MappedPool:

@@ -274,6 +274,22 @@ def test_pools_of_a_hybrid_model_come_back_each_in_its_place(daemon: FakeDaemon)
     storage.close()
 
 
+def test_metrics_tell_of_each_transfer_once(daemon: FakeDaemon) -> None:
+    pool = HostPool(PAGES)
+    storage, keys = backend(daemon, pool, enable_storage_metrics=True), keys_of("a", 3)
+    storage.batch_set_v1(keys, pool.slots([0, 1, 2]))
+    storage.batch_get_v1([*keys[:2], *keys_of("b", 1)], pool.slots([0, 1, 2]))
+    storage.batch_get_v1(keys_of("b", 1), pool.slots([0]))
+    told, again = storage.get_stats(), storage.get_stats()
+    assert (told.backup_pgs, told.prefetch_pgs) == ([3], [2])
+    assert all(rate > 0 for rate in (*told.backup_bandwidth, *told.prefetch_bandwidth))
+    assert (again.backup_pgs, again.prefetch_pgs) == ([], [])
+    silent = backend(daemon, pool)
+    assert silent.get_stats() is None
+    for each in (storage, silent):
+        each.close()
+
+
 # --- what goes wrong -------------------------------------------------------------------------------------------
 
 

@@ -325,15 +325,23 @@ def test_chain_goes_on_what_the_request_found(daemon: FakeDaemon) -> None:
         assert reserves[-1].parent == reserves[0].blob[32:64]
 
 
-def test_requests_leave_nothing_behind(daemon: FakeDaemon) -> None:
+def test_a_thousand_requests_leave_nothing_behind(daemon: FakeDaemon) -> None:
+    """Some are aborted while their jobs are queued, and most find the daemon full."""
     with Engine(daemon) as engine:
-        for number in range(100):
+        jobs = 0
+        for number in range(1000):
             ctx = ReqContext(req_id=str(number))
             engine.tier.on_new_request(ctx)
-            engine.look([key(number)], ctx)
-            engine.store(number, [key(number)], [number % ROWS], ctx=ctx)
-            engine.load(1000 + number, [key(number)], [0], ctx=ctx)
+            engine.tier.lookup(key(number), ctx)
+            engine.tier.on_schedule_end(STEP)
+            engine.tier.submit_store(engine.job(2 * number, [key(number)], [number % ROWS], ctx=ctx))
+            engine.tier.submit_load(engine.job(2 * number + 1, [key(number)], [0], ctx=ctx, load=True))
+            if number % 3:
+                engine.tier.drain_jobs()
+            jobs += len(list(engine.tier.get_finished_jobs()))
             engine.tier.on_request_finished(ctx)
+        engine.tier.drain_jobs()
+        assert jobs + len(list(engine.tier.get_finished_jobs())) == 2000
         assert (engine.tier._jobs._requests, engine.tier._keys) == ({}, {})
         eventually(lambda: daemon.held() == (0, 0), "no lease and no reservation is held")
 

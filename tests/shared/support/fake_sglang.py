@@ -45,6 +45,14 @@ class PoolTransferResult:
     restorable_prefix_pages: list[int] | None = None
 
 
+@dataclass
+class StorageMetrics:
+    prefetch_pgs: list[int] = field(default_factory=list)
+    backup_pgs: list[int] = field(default_factory=list)
+    prefetch_bandwidth: list[float] = field(default_factory=list)
+    backup_bandwidth: list[float] = field(default_factory=list)
+
+
 class HiCacheStorage:
     def register_mem_pool_host(self, mem_pool_host: Any) -> None:
         self.mem_pool_host = mem_pool_host
@@ -59,9 +67,11 @@ def install() -> None:
     """Make `sglang.srt.mem_cache.hicache_storage` importable, unless it is."""
     if REAL or "sglang" in sys.modules:
         return
-    for name in ("sglang", "sglang.srt", "sglang.srt.mem_cache", "sglang.srt.mem_cache.hicache_storage"):
-        sys.modules[name] = ModuleType(name)
+    parts = ("", ".srt", ".srt.mem_cache", ".srt.mem_cache.hicache_storage", ".srt.observability")
+    for part in (*parts, ".srt.observability.metrics_collector"):
+        sys.modules[f"sglang{part}"] = ModuleType(f"sglang{part}")
     sys.modules["sglang"].__dict__["__version__"] = "0.5.23"
+    sys.modules["sglang.srt.observability.metrics_collector"].__dict__["StorageMetrics"] = StorageMetrics
     storage = sys.modules["sglang.srt.mem_cache.hicache_storage"]
     for kind in (HiCacheStorage, PoolHitPolicy, PoolName, PoolTransfer, PoolTransferResult):
         setattr(storage, kind.__name__, kind)
@@ -78,6 +88,7 @@ def config(**changed: Any) -> Any:
         "attn_cp_size": 1,
         "is_mla_model": False,
         "model_name": "tiny",
+        "enable_storage_metrics": False,
         "extra_config": {},
         **changed,
     }
