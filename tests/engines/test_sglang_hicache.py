@@ -18,11 +18,14 @@ from unittest.mock import MagicMock
 import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
-hicache = pytest.importorskip("sglang.srt.mem_cache.hicache_storage", reason="SGLang is not installed")
+from support.fake_sglang import REAL, HostPool, OpaquePool  # noqa: E402
+
+if not REAL:
+    pytest.skip("SGLang is not installed", allow_module_level=True)
+hicache = pytest.importorskip("sglang.srt.mem_cache.hicache_storage", reason="SGLang's imports are not complete")
 
 from sglang.srt.mem_cache.storage.backend_factory import StorageBackendFactory  # noqa: E402
 
-from support.fake_sglang import HostPool, OpaquePool  # noqa: E402
 from support.live import LiveDaemon  # noqa: E402
 
 PAGES, SEEDS, CALLS = 12, 12, 120

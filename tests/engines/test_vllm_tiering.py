@@ -17,9 +17,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-pytest.importorskip(
-    "vllm.v1.kv_offload.tiering.manager", reason="vLLM, or what its offloading imports, is not installed"
-)
+from support import fake_vllm
+
+if not fake_vllm.REAL:
+    pytest.skip("vLLM is not installed, and its sources are not on PYTHONPATH", allow_module_level=True)
+pytest.importorskip("vllm.v1.kv_offload.tiering.manager", reason="what vLLM's offloading imports is not complete")
 
 from vllm.v1.kv_offload import config as kv_config
 from vllm.v1.kv_offload.base import LookupResult, ReqContext, ScheduleEndContext, make_offload_key
