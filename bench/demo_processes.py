@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import queue
+import signal
 import subprocess
 import sys
 import threading
@@ -71,8 +73,8 @@ class Process:
         return ProcessError("\n".join([f"{self.name} {what} ({state}); the end of its log:", *tail]))
 
     def kill(self) -> None:
-        """SIGKILL, and nothing before it; returns when it is dead."""
-        self._child.kill()
+        """SIGKILL, and nothing before it, to all that it has started too; returns when it is dead."""
+        self._kill_all()
         self._child.wait(timeout=STOP_S)
 
     def stop(self) -> None:
@@ -85,6 +87,12 @@ class Process:
             end()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._child.wait(timeout=STOP_S)
+        self._kill_all()
+
+    def _kill_all(self) -> None:
+        """An engine's own processes outlive it when it is killed; all are of the session that began with it."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._child.pid, signal.SIGKILL)
 
     def _read(self) -> None:
         for line in self._stdout:
