@@ -1,13 +1,14 @@
 """The daemon's side of a drive's I/O process (nvme_io_child.py): sends parts, hears what became of them.
 
 Sending never waits: what a full socket does not take is left for the thread that listens. The process may die, and is
-then started again; what it had under way ends as an I/O error, and only once it is gone for certain, since its writes
-must not land in slots that have been given to others.
+then started again. What it had under way ends only once it is gone for certain, since its writes must not land in slots
+that have been given to others: writes as I/O errors, and loads as DOWN, for nothing is known against their blocks.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import select
@@ -38,6 +39,8 @@ _RESTART_FIRST_S = 0.1
 _RESTART_MAX_S = 60.0
 _LAST_S = 0.2
 _LOOK_S = 1.0
+_MEMORY_AGAIN_MS = 5
+_GONE = (errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN)
 _STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -142,9 +145,8 @@ class IoProcess:
         self._wake()
         if self._thread.ident is not None:
             self._thread.join(max(0.0, deadline_s - time.monotonic()) + _LAST_S)
-            child = self._child
-            if self._thread.is_alive() and child is not None:
-                child.kill()
+            if self._thread.is_alive():
+                self._kill()
                 self._thread.join(_LAST_S)
         ended = not self._thread.is_alive()
         if ended and self._wake_fd >= 0:
@@ -190,10 +192,8 @@ class IoProcess:
         assert self._channel is not None
         try:
             send_memory(self._channel, number, size_bytes, fd)
-        except BlockingIOError:
-            return False
-        except OSError:  # the process is gone, which the listening thread finds out
-            pass
+        except OSError as error:  # full; too many descriptors on their way (unix(7), ETOOMANYREFS); or
+            return error.errno in _GONE  # the process is gone, which the listening thread finds out
         return True
 
     def _send(self, said: bytes) -> None:
@@ -247,6 +247,8 @@ class IoProcess:
             their_channel.close()
         with self._lock:
             self._child, self._stream, self._channel = child, ours, channel
+            if self._closing.is_set():  # since it was decided to start it
+                self._send(frame([Kind.CLOSE, 0.0]))
 
     def _try_spawn(self) -> None:
         try:
@@ -259,7 +261,11 @@ class IoProcess:
         pause_s = _RESTART_FIRST_S
         while True:
             begun_s = time.monotonic()
-            self._listen()
+            try:
+                self._listen()
+            except Exception:  # a bug must cost the process and what it had under way, and not those who wait for that
+                log.exception("bug while the I/O process of %s was heard", self._drive.directory)
+                self._kill()
             self._bury()
             if self._closing.is_set():
                 return
@@ -281,12 +287,8 @@ class IoProcess:
         poll.register(self._wake_fd, select.POLLIN)
         while True:
             poll.register(stream, select.POLLIN | (select.POLLOUT if self._unsent else 0))
-            if self._unsent_memory:
-                poll.register(channel, select.POLLOUT)
-            else:
-                with contextlib.suppress(KeyError):
-                    poll.unregister(channel)
-            for fd, _ in poll.poll():
+            # A socket with room does not say that memory can be sent: that may be for other processes to make way.
+            for fd, _ in poll.poll(_MEMORY_AGAIN_MS if self._unsent_memory else None):
                 if fd == self._wake_fd:
                     os.eventfd_read(self._wake_fd)
             self._send_left(stream, channel)
@@ -300,13 +302,15 @@ class IoProcess:
                 return
 
     def _send_left(self, stream: socket.socket, channel: socket.socket) -> None:
-        with self._lock, contextlib.suppress(OSError):
-            while self._unsent_memory:
-                number, size_bytes, fd = self._unsent_memory[0]
-                send_memory(channel, number, size_bytes, fd)
-                os.close(self._unsent_memory.popleft()[2])
-            if self._unsent:
-                del self._unsent[: stream.send(self._unsent, socket.MSG_DONTWAIT)]
+        with self._lock:
+            with contextlib.suppress(OSError):
+                while self._unsent_memory:
+                    number, size_bytes, fd = self._unsent_memory[0]
+                    send_memory(channel, number, size_bytes, fd)
+                    os.close(self._unsent_memory.popleft()[2])
+            with contextlib.suppress(OSError):
+                if self._unsent:
+                    del self._unsent[: stream.send(self._unsent, socket.MSG_DONTWAIT)]
 
     def _hear(self, message: list[Any]) -> None:
         state = State.unpacked(message[-1])
@@ -319,9 +323,9 @@ class IoProcess:
         self._state = state
         if message[0] == Kind.DONE:
             _, part_id, statuses, checksums, _ = message
+            settle(self._parts[part_id], statuses, checksums)
             with self._lock:
                 part = self._parts.pop(part_id)
-            settle(part, statuses, checksums)
             self._end(part)
 
     def _end(self, part: Part) -> None:
@@ -332,6 +336,11 @@ class IoProcess:
     def _tell(self, part: Part) -> None:
         (self._written if _writes(part) else self._loaded)(part)
 
+    def _kill(self) -> None:
+        child = self._child
+        if child is not None:
+            child.kill()
+
     def _bury(self) -> None:
         """Wait until the process is gone, then end what it had under way."""
         child, stream, channel = self._child, self._stream, self._channel
@@ -339,7 +348,7 @@ class IoProcess:
             return
         closing = self._closing.is_set()
         if not closing:
-            child.kill()
+            self._kill()
         while child.poll() is None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 child.wait(_LOOK_S)
@@ -359,7 +368,8 @@ class IoProcess:
         channel.close()
         lost = 0
         for part in parts:
-            _set_all(part, IoStatus.CANCELLED if closing else IoStatus.IO_ERROR)
+            lost_as = IoStatus.IO_ERROR if _writes(part) else IoStatus.DOWN
+            _set_all(part, IoStatus.CANCELLED if closing else lost_as)
             lost += len(part.blocks)
             self._end(part)
         if lost and not closing:

@@ -30,7 +30,7 @@ class IoStatus(IntEnum):
     """A sound header of another block or generation: whoever believed in this place was out of date."""
     NO_SPACE = 6
     DOWN = 7
-    """The tier, or its writing, is down for now; nothing was tried."""
+    """The tier, or its writing, is down for now; nothing was tried, or a load was lost with the process that tried."""
 
 
 @dataclass(frozen=True, slots=True)

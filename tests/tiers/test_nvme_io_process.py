@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -159,13 +160,70 @@ def test_killed_process_costs_what_it_had_under_way_and_comes_back(rig: ProcessR
     rig.tier.load(load)
     rig.tier.write(write)
     os.kill(pid, signal.SIGKILL)
-    assert set(rig.wait(load)) == set(rig.wait(write)) == {IoStatus.IO_ERROR}
+    assert set(rig.wait(load)) == {IoStatus.DOWN}, "blocks of which nothing bad is known must not be given up"
+    assert set(rig.wait(write)) == {IoStatus.IO_ERROR}
     assert rig.errors() == {"io_process_ended": 12}
     eventually(lambda: rig.io().pid not in (0, pid), "no process took its place")
     assert set(rig.load(range(10))) == {OK}
     info = rig.tier.detail()
     assert info.read_blocks == 10
     assert info.written_blocks == 10, "what the killed process had counted is forgotten"
+
+
+def test_bug_while_it_is_heard_costs_what_it_had_under_way(rig: ProcessRig, monkeypatch: pytest.MonkeyPatch) -> None:
+    pid, settle = rig.io().pid, nvme_io_process.settle
+
+    def fail_once(*done: Any) -> None:
+        monkeypatch.setattr(nvme_io_process, "settle", settle)
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(nvme_io_process, "settle", fail_once)
+    assert set(rig.load([1, 2])) == {IoStatus.DOWN}
+    assert rig.errors() == {"io_process_ended": 2}
+    eventually(lambda: rig.io().pid not in (0, pid), "no process took its place")
+    assert set(rig.load([1, 2])) == {OK}
+
+
+def test_memory_that_the_kernel_does_not_take_now_is_sent_later(
+    rig: ProcessRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A user's descriptors on their way are limited in number, those of all his processes together."""
+    send, refused = nvme_io_process.send_memory, 3
+
+    def send_memory(*said: Any) -> None:
+        nonlocal refused
+        if refused:
+            refused -= 1
+            raise OSError(errno.ETOOMANYREFS, "Too many references")
+        send(*said)
+
+    monkeypatch.setattr(nvme_io_process, "send_memory", send_memory)
+    assert set(rig.load(range(10))) == {OK}
+    assert not refused
+    assert rig.errors() == {}
+
+
+def test_process_that_starts_while_the_tier_closes_ends_at_once(
+    rig: ProcessRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody has to wait for the deadline of the close, and then to kill it."""
+    popen, starting, go_on = subprocess.Popen, threading.Event(), threading.Event()
+
+    def start_slowly(*arguments: Any, **options: Any) -> subprocess.Popen[bytes]:
+        starting.set()
+        assert go_on.wait(WAIT_S)
+        return popen(*arguments, **options)
+
+    monkeypatch.setattr(subprocess, "Popen", start_slowly)
+    os.kill(rig.io().pid, signal.SIGKILL)
+    assert starting.wait(WAIT_S)
+    closing = threading.Thread(target=rig.tier.close, args=(2 * WAIT_S,))
+    closing.start()
+    assert rig.io()._closing.wait(WAIT_S)
+    go_on.set()
+    closing.join(WAIT_S)
+    assert not closing.is_alive()
+    assert not rig.io().pid
 
 
 def test_while_there_is_no_process_jobs_end_at_once(rig: ProcessRig, monkeypatch: pytest.MonkeyPatch) -> None:
