@@ -84,11 +84,13 @@ class Mover:
             self._begin(self._to_begin.popleft(), now)
 
     def _cancel(self, transfer_ids: Collection[int], now: float) -> None:
-        for transfer_id in transfer_ids:
+        """A long fetch that is given up is thousands of transfers, hardly any of which the tier knows yet."""
+        cancelled = set(transfer_ids)
+        unbegun = [transfer for transfer in self._to_begin if transfer.transfer_id in cancelled]
+        self._to_begin = deque(transfer for transfer in self._to_begin if transfer.transfer_id not in cancelled)
+        for transfer_id in cancelled.difference(transfer.transfer_id for transfer in unbegun):
             self._tier.cancel(transfer_id)
-        unbegun = [transfer for transfer in self._to_begin if transfer.transfer_id in transfer_ids]
         for transfer in unbegun:
-            self._to_begin.remove(transfer)
             self._give_back(transfer, now)
 
     def collect(self, now: float) -> None:
