@@ -15,8 +15,8 @@ from forebay.client.vllm_scheduler import WAIT_MS, LeaseDesk, VllmScheduler
 from support.live import LiveDaemon
 
 BLOCK, BLOCKS, ASKED = 16, 1000, 300
-HUNG_MS = 50.0
-"""The bound asserted: far above what is measured, for machines that are busy with other things."""
+PATIENT_S = 30.0
+"""Of whoever waits for the answer: what is asserted is the answer, and how long it took is printed."""
 
 GEOMETRY = Geometry(("a",), (64,), BLOCK, 1, ("x",), False)
 SPEC = NamespaceSpec(model="m", revision="r", dtype="uint8", block_tokens=BLOCK, segment_bytes=(64,), hash_scheme="x")
@@ -31,7 +31,9 @@ def request_of(number: int) -> Any:
 
 def measured(client: Client, wait_s: float, requests: int) -> tuple[list[float], list[int | None]]:
     """Milliseconds of each request's first question, and its answers."""
-    scheduler = VllmScheduler(LeaseDesk(client), client.open_namespace(SPEC), GEOMETRY, wait_s=wait_s, give_up_s=1.0)
+    scheduler = VllmScheduler(
+        LeaseDesk(client), client.open_namespace(SPEC), GEOMETRY, wait_s=wait_s, give_up_s=PATIENT_S
+    )
     times, answers = [], []
     for number in range(requests):
         begun = time.perf_counter()
@@ -47,11 +49,10 @@ def test_hit_of_a_thousand_blocks() -> None:
     with LiveDaemon() as daemon, Client(daemon.runtime_dir) as client:
         stored = client.store(client.open_namespace(SPEC), HASHES[:BLOCKS], np.zeros((BLOCKS, 64), np.uint8))
         assert stored.committed == BLOCKS
-        times, answers = measured(client, 0.05, ASKED)
+        times, answers = measured(client, PATIENT_S, ASKED)
     p50, p99 = np.percentile(times[1:], [50, 99])
     print(f"scheduler hook at {BLOCKS} blocks: first {times[0]:.3f} ms, p50 {p50:.3f} ms, p99 {p99:.3f} ms")
     assert answers == [BLOCKS * BLOCK] * ASKED
-    assert p50 < HUNG_MS
 
 
 def test_hit_that_is_not_waited_for() -> None:
@@ -65,13 +66,11 @@ def test_hit_that_is_not_waited_for() -> None:
         f"scheduler hook, waiting {WAIT_MS} ms: p50 {p50:.3f} ms, p99 {p99:.3f} ms, {later} of {ASKED} answered later"
     )
     assert set(answers) <= {None, BLOCKS * BLOCK}
-    assert p50 < HUNG_MS
 
 
 def test_absent_daemon_costs_a_wait_once(tmp_path: Path) -> None:
     with Client(tmp_path) as client:
-        times, answers = measured(client, 0.05, ASKED)
+        times, answers = measured(client, PATIENT_S, ASKED)
     p50, p99 = np.percentile(times[1:], [50, 99])
     print(f"scheduler hook without a daemon: first {times[0]:.3f} ms, p50 {p50:.3f} ms, p99 {p99:.3f} ms")
     assert answers == [0] * ASKED
-    assert p50 < HUNG_MS
