@@ -6,6 +6,7 @@ operator's slip: it must be named when the engine starts, not met inside the ser
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, TypeGuard
 
@@ -52,4 +53,5 @@ def client_of(options: ClientOptions) -> Client:
 
 
 def _is_number(value: object) -> TypeGuard[int | float]:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """A finite one: JSON as Python reads it has Infinity, which would be a wait without end."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -7,8 +7,10 @@ stretch is told by one count (an eviction's dry run) instead of a question for e
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
+from forebay.client.core import FETCH_DEADLINE_MS
 from forebay.client.namespaces import Namespace
 from forebay.client.results import BlockOutcome
 from forebay.client.segments import SegmentTable
@@ -58,12 +60,15 @@ def fetch_each(
 
     A block whose bytes are not those of its checksum is evicted, so that a right one can take its place.
     Raises LayoutError, BadRequest: memory, ids or hashes do not fit the namespace.
-    Blocking: a round trip and a copy for each stretch of blocks between two that are missing.
+    Blocking: a round trip and a copy for each stretch of blocks between two that are missing; blocks of slower tiers
+    are waited for as long as one fetch would, all stretches together.
     """
     right = [False] * len(hashes)
+    until_s = time.monotonic() + FETCH_DEADLINE_MS / 1000
     first = 0
     while first < len(hashes):
-        result = client.fetch(ns, hashes[first:], destination, block_ids[first:])
+        left_ms = max(0.0, (until_s - time.monotonic()) * 1000)
+        result = client.fetch(ns, hashes[first:], destination, block_ids[first:], deadline_ms=left_ms)
         right[first : first + result.blocks] = [True] * result.blocks
         first += result.blocks
         if first < len(hashes) and result.reason not in _LOST:

@@ -13,7 +13,9 @@ and a dynamic backend has none there).
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import json
 import logging
 import time
 from collections import deque
@@ -64,6 +66,15 @@ _GEOMETRY = (
     "storage_format_tag",
 )
 _SERVED = ("kv_cache_dtype", "quantization")
+_SETTINGS = (
+    "quantization_param_path",
+    "json_model_override_args",
+    "modelopt_quant",
+    "speculative_draft_model_path",
+    "speculative_draft_model_revision",
+    "speculative_draft_kv_cache_dtype",
+)
+"""Start options that change a page's bytes under one model name, beside those that are written out."""
 
 
 class ForebayStorage(HiCacheStorage):
@@ -84,7 +95,8 @@ class ForebayStorage(HiCacheStorage):
             raise BadRequest(f"revision is text, not {revision!r}")
         self._identity = _Identity(storage_config, revision)
         self._writes_replicas = bool(storage_config.is_storage_writer)
-        self._client = client_of(client_options(options, name=self._identity.client_name))
+        self._options = client_options(options, name=self._identity.client_name)
+        self._client = client_of(self._options)
         self._by_address = bool((storage_config.extra_config or {}).get("interface_v1"))
         self._pools: dict[str, _MappedPool | _CopiedPool] = {}
         self._meter = _Meter() if getattr(storage_config, "enable_storage_metrics", False) else None
@@ -198,10 +210,17 @@ class ForebayStorage(HiCacheStorage):
         return self._meter.taken() if self._meter else None
 
     def clear(self) -> bool:
-        """Remove this rank's pages of this model; whether the daemon did."""
-        for pool in self._pools.values():
-            self._client.evict(pool.ns, scope=EvictScope.NAMESPACE)
-        return self._client.ping()
+        """Remove the pages of this model's pools; whether none is left, which one in use or being written is."""
+        try:
+            with client_of(dataclasses.replace(self._options, strict=True)) as client:
+                done = [client.evict(pool.ns, scope=EvictScope.NAMESPACE) for pool in self._pools.values()]
+        except ForebayError as error:
+            log.warning("the pages were not removed: %s: %s", type(error).__name__, error)
+            return False
+        kept = sum(each.kept for each in done)
+        if kept:
+            log.warning("%d pages in use were not removed: clear again", kept)
+        return not kept
 
     def close(self) -> None:
         self._client.close()
@@ -295,7 +314,7 @@ class _Identity:
         self._tp = (int(config.tp_rank), int(config.tp_size))
         self._stage = f"pp{config.pp_rank}of{config.pp_size}/cp{config.attn_cp_rank}of{config.attn_cp_size}"
         self._replicates = bool(config.is_mla_model)
-        facts = [f"{name}={served[name]}" for name in _SERVED if served.get(name)]
+        facts = [f"{name}={served[name]}" for name in _SERVED if served.get(name)] + _settings(served)
         self._engine = "/".join([f"sglang-{getattr(sglang, '__version__', 'unknown')}", *facts])
         self.client_name = f"sglang {self._model}"[:100] + f" tp{self._tp[0]}"
 
@@ -386,13 +405,11 @@ class _CopiedPool:
         return self._client.lookup(self.ns, names).blocks
 
     def load(self, names: list[bytes], pages: list[int]) -> list[bool]:
-        buffer = [self._host_pool.get_dummy_flat_data_page().contiguous() for _ in names]
-        right = [
-            self._client.fetch(self.ns, [name], self._table(page)).blocks == 1
-            for name, page in zip(names, buffer, strict=True)
-        ]
-        for loaded, page, data in zip(right, pages, buffer, strict=True):
-            if loaded:
+        right = []
+        for name, page in zip(names, pages, strict=True):
+            data = self._host_pool.get_dummy_flat_data_page().contiguous()
+            right.append(self._client.fetch(self.ns, [name], self._table(data)).blocks == 1)
+            if right[-1]:
                 self._host_pool.set_from_flat_data_page(page * self.page_size, data)
         return right
 
@@ -451,7 +468,18 @@ def _served() -> dict[str, Any]:
         arguments = get_server_args()
     except (ImportError, ValueError):  # another version, or no server in this process
         return {}
-    return {name: getattr(arguments, name, None) for name in ("revision", "nnodes", *_SERVED)}
+    names = ("revision", "nnodes", "load_format", *_SERVED, *_SETTINGS)
+    return {name: getattr(arguments, name, None) for name in names}
+
+
+def _settings(served: Mapping[str, Any]) -> list[str]:
+    """A digest of the `_SETTINGS` that were given, as a list; none when none was, as in most servers."""
+    given = {name: str(served[name]) for name in _SETTINGS if served.get(name) not in (None, "", "{}")}
+    if str(served.get("load_format")) in ("dummy", "LoadFormat.DUMMY"):  # random weights under a real model's name
+        given["load_format"] = "dummy"
+    if not given:
+        return []
+    return ["settings=" + hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()]
 
 
 def _names(keys: Sequence[str]) -> list[bytes]:
@@ -462,9 +490,11 @@ def _names(keys: Sequence[str]) -> list[bytes]:
 def _name(key: str) -> bytes:
     if len(key) == 2 * _HASH_BYTES:
         try:
-            return bytes.fromhex(key)
+            name = bytes.fromhex(key)
         except ValueError:
-            pass
+            name = b""
+        if len(name) == _HASH_BYTES:  # blanks count for nothing
+            return name
     return hashlib.sha256(key.encode()).digest()
 
 

@@ -89,14 +89,11 @@ class Lane:
         return not self._thread.is_alive()
 
     def _run(self) -> None:
-        try:
-            while (task := self._next()) is not None:
+        while (task := self._next()) is not None:
+            try:
                 task()
-        finally:  # a bug ended it: what waits must not wait for ever
-            with self._changed:
-                self._closed, self._busy = True, False
-                self._changed.notify_all()
-            self.discard()
+            except Exception:
+                log.exception("a task of %s met a bug; the next ones are done", threading.current_thread().name)
 
     def _next(self) -> Callable[[], None] | None:
         """Wait for the next task, which then is being done; None once the lane is closed and empty."""
@@ -116,7 +113,6 @@ class _Request:
     """What one request asked: key -> stored, or None while not known; and the chain that its stores go on."""
 
     verdicts: dict[bytes, bool | None] = field(default_factory=dict)
-    unasked: list[bytes] = field(default_factory=list)
     parent: bytes = b""
 
 
@@ -137,6 +133,9 @@ class TierJobs:
         self._reading = Lane("forebay-tier-read", QUEUE_JOBS_MAX)
         self._writing = Lane("forebay-tier-write", QUEUE_JOBS_MAX)
         self._requests: dict[str, _Request] = {}
+        self._askers: dict[bytes, dict[str, dict[bytes, bool | None]]] = {}
+        """Key -> verdicts of each request that has one on it: what a job tells costs no walk over all requests."""
+        self._unasked: dict[str, list[bytes]] = {}
         self._finished: deque[Finished] = deque()
         self._answers: deque[tuple[str, Sequence[bytes], Sequence[bool]]] = deque()
 
@@ -154,32 +153,42 @@ class TierJobs:
             request.parent = key
         elif verdict is None and key not in request.verdicts:
             request.verdicts[key] = None
-            request.unasked.append(key)
+            self._askers.setdefault(key, {})[request_id] = request.verdicts
+            self._unasked.setdefault(request_id, []).append(key)
         return verdict
 
     def ask(self) -> None:
         """Send what `lookup` was asked since the last time; when there is no room for it, those are misses."""
         self._take_answers()
-        for request_id, request in self._requests.items():
-            keys, request.unasked = request.unasked, []
+        unasked, self._unasked = self._unasked, {}
+        for request_id, keys in unasked.items():
             for start in range(0, len(keys), LOOKUP_BLOCKS_MAX):
                 part = keys[start : start + LOOKUP_BLOCKS_MAX]
                 if not self._put_lookup(request_id, part):
-                    request.verdicts.update(dict.fromkeys(part, False))
+                    self._requests[request_id].verdicts.update(dict.fromkeys(part, False))
 
     def forget(self, request_id: str) -> None:
         """The request ended; jobs of it may still be under way."""
-        self._requests.pop(request_id, None)
+        self._unasked.pop(request_id, None)
+        request = self._requests.pop(request_id, None)
+        for key in request.verdicts if request else ():
+            askers = self._askers[key]
+            askers.pop(request_id, None)
+            if not askers:
+                del self._askers[key]
 
     def _put_lookup(self, request_id: str, keys: list[bytes]) -> bool:
         def given_up() -> None:
             self._answers.append((request_id, keys, [False] * len(keys)))
 
         def task() -> None:
+            found = [False] * len(keys)
             try:
-                self._answers.append((request_id, keys, scattered.stored(self._client, self._ns, self._names(keys))))
-            except ForebayError:
-                given_up()
+                found = scattered.stored(self._client, self._ns, self._names(keys))
+            except ForebayError as error:
+                log.warning("blocks were not looked up: %s: %s", type(error).__name__, error)
+            finally:  # whatever happened: the engine asks until there is an answer
+                self._answers.append((request_id, keys, found))
 
         return self._reading.put(task, given_up)
 
@@ -261,10 +270,10 @@ class TierJobs:
         while self._finished:
             job = self._finished.popleft()
             done.append(job)
-            told = {key: right for key, right in zip(job.keys, job.right, strict=True) if right != job.is_load}
-            for request in self._requests.values():
-                known = told.keys() & request.verdicts.keys()
-                request.verdicts.update({key: told[key] for key in known})
+            for key, right in zip(job.keys, job.right, strict=True):
+                if right != job.is_load:
+                    for verdicts in self._askers.get(key, {}).values():
+                        verdicts[key] = right
         return done
 
     # Life
@@ -281,8 +290,12 @@ class TierJobs:
                     raise Timeout("a copy of the forebay tier does not end")
 
     def close(self) -> None:
-        """Give up what is queued, end the threads, let go of the engine's memory."""
+        """Give up what is queued, end the threads, let go of the engine's memory.
+
+        Raises Timeout when a copy is still at work after `DRAIN_S`: the engine's memory must stay as long as that.
+        """
         ended = [lane.close(DRAIN_S) for lane in (self._reading, self._writing)]
-        if all(ended):
-            self._table = None
         self._client.close()
+        if not all(ended):
+            raise Timeout("a copy of the forebay tier does not end; the memory it works on must stay")
+        self._table = None

@@ -35,6 +35,8 @@ def test_every_key_arrives_at_the_client() -> None:
         ({"budget_ms": 0}, "budget_ms"),
         ({"budget_ms": 10, "timeout_ms": 5}, "timeout_ms"),
         ({"timeout_ms": None}, "timeout_ms"),
+        ({"timeout_ms": float("inf")}, "timeout_ms"),
+        ({"budget_ms": float("nan")}, "budget_ms"),
         ({"copy_threads": 1.5}, "copy_threads"),
         ({"copy_threads": True}, "copy_threads"),
         ({"copy_threads": -1}, "copy_threads"),

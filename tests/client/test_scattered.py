@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
-from forebay.client import Client, NamespaceSpec, SegmentTable
+from forebay.client import Client, FetchResult, NamespaceSpec, SegmentTable, scattered
+from forebay.client.core import FETCH_DEADLINE_MS
 from forebay.client.scattered import fetch_each, store_chain, stored
 from support.live import LiveDaemon
 
@@ -71,3 +74,22 @@ def test_nothing_is_stored_without_a_daemon(tmp_path: object) -> None:
         assert stored(client, ns, []) == []
         assert fetch_each(client, ns, NAMES[:3], table, [0, 1, 2]) == [False] * 3
         assert store_chain(client, ns, NAMES[:3], table, [0, 1, 2], NAMES[3]) == [False] * 3
+
+
+def test_all_stretches_together_wait_no_longer_than_one_fetch(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each stretch gets what the ones before it left."""
+    ns, data, given, now = client.open_namespace(SPEC), rows(1), [], [0.0]
+    for number in (0, 2, 4):
+        client.store(ns, NAMES[number : number + 1], data, [number])
+    fetch = client.fetch
+
+    def slow(*arguments: Any, **named: Any) -> FetchResult:
+        given.append(named.get("deadline_ms", FETCH_DEADLINE_MS))
+        now[0] += 20.0
+        return fetch(*arguments, **named)
+
+    monkeypatch.setattr(client, "fetch", slow)
+    monkeypatch.setattr(scattered, "time", SimpleNamespace(monotonic=lambda: now[0]), raising=False)
+    target = SegmentTable.of(np.zeros_like(data))
+    assert fetch_each(client, ns, NAMES[:5], target, range(5)) == [True, False, True, False, True]
+    assert given == [FETCH_DEADLINE_MS, FETCH_DEADLINE_MS - 20_000, 0]

@@ -13,7 +13,7 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
-from forebay.kvstore.errors import BadRequest  # noqa: E402
+from forebay.kvstore.errors import BadRequest, Busy  # noqa: E402
 from forebay.transports.messages import Verb  # noqa: E402
 from support import fake_sglang  # noqa: E402
 from support.fake_daemon import FakeDaemon  # noqa: E402
@@ -23,6 +23,7 @@ fake_sglang.install()
 
 from sglang.srt.mem_cache.hicache_storage import PoolHitPolicy, PoolName, PoolTransfer  # noqa: E402
 
+from forebay.client import sglang as backend_module  # noqa: E402
 from forebay.client.sglang import ForebayStorage  # noqa: E402
 
 PAGES = 8
@@ -177,6 +178,33 @@ def test_what_makes_pages_incompatible_keeps_them_apart(daemon: FakeDaemon, chan
     assert other.batch_get_v1(keys, other_pool.slots([0, 1])) == [False, False]
     one.close()
     other.close()
+
+
+SETTINGS: list[dict[str, Any]] = [
+    {"json_model_override_args": '{"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}'},
+    {"quantization_param_path": "/scales.json"},
+    {"modelopt_quant": "fp8"},
+    {"speculative_draft_model_path": "draft"},
+    {"load_format": "dummy"},
+    {"kv_cache_dtype": "fp8_e4m3"},
+    {"quantization": "fp8"},
+]
+
+
+@pytest.mark.parametrize("given", SETTINGS, ids=repr)
+def test_start_options_that_change_the_bytes_keep_pages_apart(
+    daemon: FakeDaemon, given: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool, keys = HostPool(PAGES), keys_of("a", 2)
+    plain = {"json_model_override_args": "{}", "load_format": "auto", "quantization": None}
+    monkeypatch.setattr(backend_module, "_served", lambda: plain)
+    one, same = backend(daemon, pool), backend(daemon, pool)
+    monkeypatch.setattr(backend_module, "_served", lambda: {**plain, **given})
+    other = backend(daemon, pool)
+    assert one.batch_set_v1(keys, pool.slots([0, 1])) == [True, True]
+    assert (same.batch_exists(keys), other.batch_exists(keys)) == (2, 0)
+    for storage in (one, same, other):
+        storage.close()
 
 
 def test_salted_keys_are_other_pages(daemon: FakeDaemon) -> None:
@@ -340,6 +368,37 @@ def test_clear_removes_the_pages_of_this_model_only(daemon: FakeDaemon) -> None:
     assert (one.batch_exists(keys), other.batch_exists(keys)) == (0, 2)
     one.close()
     other.close()
+
+
+def test_clear_admits_that_pages_in_use_stay(daemon: FakeDaemon) -> None:
+    """Who clears has often replaced the weights: pages of the old ones must not pass for removed."""
+    pool = HostPool(PAGES)
+    storage, keys = backend(daemon, pool), keys_of("a", 2)
+    storage.batch_set_v1(keys, pool.slots([0, 1]))
+    ns, held = storage._pools[str(PoolName.KV.value)].ns, [bytes.fromhex(keys[0])]
+    storage._client.pin(ns, held)
+    assert not storage.clear()
+    storage._client.unpin(ns, held)
+    assert storage.clear()
+    assert storage.batch_exists(keys) == 0
+    storage.close()
+
+
+def test_clear_admits_that_the_daemon_refused(daemon: FakeDaemon) -> None:
+    pool = HostPool(PAGES)
+    storage = backend(daemon, pool)
+    daemon.run(lambda: daemon.fail.update({Verb.EVICT: Busy("later")}))
+    assert not storage.clear()
+    storage.close()
+
+
+def test_key_that_only_looks_like_hex_is_hashed(daemon: FakeDaemon) -> None:
+    pool = HostPool(PAGES)
+    storage, keys = backend(daemon, pool), [" " * 64, "ab " * 21 + "a", "x" * 64]
+    assert storage.batch_exists(keys) == 0
+    assert storage.batch_set_v1(keys, pool.slots([0, 1, 2])) == [True] * 3
+    assert storage.batch_exists(keys) == 3
+    storage.close()
 
 
 @pytest.mark.parametrize(

@@ -342,7 +342,8 @@ def test_a_thousand_requests_leave_nothing_behind(daemon: FakeDaemon) -> None:
             engine.tier.on_request_finished(ctx)
         engine.tier.drain_jobs()
         assert jobs + len(list(engine.tier.get_finished_jobs())) == 2000
-        assert (engine.tier._jobs._requests, engine.tier._keys) == ({}, {})
+        jobs_left = engine.tier._jobs
+        assert (jobs_left._requests, jobs_left._askers, jobs_left._unasked, engine.tier._keys) == ({}, {}, {}, {})
         eventually(lambda: daemon.held() == (0, 0), "no lease and no reservation is held")
 
 
@@ -435,18 +436,78 @@ def test_memory_that_cannot_be_copied_stops_the_engine() -> None:
             ForebayTier(fake_vllm.spec(), view, "forebay")
 
 
-def test_lane_that_dies_fails_its_jobs_and_hangs_nobody(daemon: FakeDaemon, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only a bug can end it; jobs are told of all the same, and the engine's shutdown does not wait for it."""
-    engine = Engine(daemon)
+def test_a_bug_fails_one_job_and_the_tier_goes_on(daemon: FakeDaemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    def bug(*_: object) -> list[bool]:
+        raise RuntimeError("a bug")
+
+    with Engine(daemon) as engine:
+        engine.store(0, KEYS, [0, 1, 2, 3])
+        with monkeypatch.context() as patched:
+            patched.setattr(tier_jobs.scattered, "fetch_each", bug)
+            assert not engine.load(1, KEYS, [4, 5, 6, 7]).success
+        assert engine.load(2, KEYS, [4, 5, 6, 7]).success
+
+
+def test_a_bug_in_a_lookup_is_a_miss_not_an_endless_retry(daemon: FakeDaemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM asks again in each step for as long as it is told to."""
 
     def bug(*_: object) -> list[bool]:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(tier_jobs.scattered, "fetch_each", bug)
-    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    with Engine(daemon) as engine:
+        engine.store(0, KEYS, [0, 1, 2, 3])
+        with monkeypatch.context() as patched:
+            patched.setattr(tier_jobs.scattered, "stored", bug)
+            assert engine.look(KEYS) == [MISS] * 4
+        assert engine.look(KEYS, ReqContext(req_id="later")) == [HIT] * 4
+
+
+def test_shutdown_tells_of_a_copy_that_still_uses_the_engines_memory(
+    daemon: FakeDaemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM keeps its memory mapped when a tier's shutdown raises, and unmaps it otherwise."""
+    entered, release = threading.Event(), threading.Event()
+
+    def slow(*arguments: Any) -> list[bool]:
+        entered.set()
+        release.wait(10)
+        return [False] * len(arguments[2])
+
+    monkeypatch.setattr(tier_jobs, "DRAIN_S", 0.05)
+    monkeypatch.setattr(tier_jobs.scattered, "fetch_each", slow)
+    engine = Engine(daemon)
     engine.tier.submit_load(engine.job(1, KEYS, [0, 1, 2, 3], load=True))
-    engine.tier._jobs.drain()
-    engine.tier.submit_load(engine.job(2, KEYS, [0, 1, 2, 3], load=True))
-    engine.tier.drain_jobs()
-    assert [(r.job_id, r.success) for r in engine.tier.get_finished_jobs()] == [(1, False), (2, False)]
+    assert entered.wait(10)
+    with pytest.raises(Timeout, match="memory"):
+        engine.tier.shutdown()
+    release.set()
     engine.tier.shutdown()
+
+
+def test_finished_jobs_cost_no_walk_over_the_other_requests(daemon: FakeDaemon) -> None:
+    """Only the verdicts that a job changes are touched, however many requests there are."""
+
+    class Counted(dict[bytes, Any]):
+        touched = 0
+
+        def update(self, *given: Any, **named: Any) -> None:
+            Counted.touched += 1
+            super().update(*given, **named)
+
+        def __setitem__(self, name: bytes, value: Any) -> None:
+            Counted.touched += 1
+            super().__setitem__(name, value)
+
+        def keys(self) -> Any:
+            Counted.touched += 1
+            return super().keys()
+
+    with Engine(daemon) as engine:
+        jobs = engine.tier._jobs
+        for number in range(200):
+            jobs._requests[str(number)] = tier_jobs._Request(verdicts=Counted())
+            engine.tier.lookup(key(number), ReqContext(req_id=str(number)))
+        Counted.touched = 0
+        engine.store(1, [key(7)], [0], ctx=ReqContext(req_id="other"))
+        assert Counted.touched == 1
+        assert engine.tier.lookup(key(7), ReqContext(req_id="7")) is HIT
