@@ -50,21 +50,24 @@ def host(plan: Plan) -> Iterator[Figure]:
         try:
             workers[1].ask("attach", layout=LARGE.name, total_bytes=STORED_BYTES)
             workers[0].ask("cold", layout=LARGE.name, chain_bytes=COLD_BYTES, chains=COLD_CHAINS)
-            before = _moved(client)
-            took_s = 0.0
-            for _ in range(plan.pick(1, 3)):
-                _measure(work, quiet)
-                with _fio(plan, client):
-                    _measure(work, beside_fio)
-                before, took_s = _moved(client), -time.monotonic()
-                for worker, order in zip(workers, ("warm", "keep")):
-                    worker.tell(order)
-                _measure(work, busy)
-                for worker in workers:
-                    worker.tell("stop")
-                    worker.hear()
-                took_s += time.monotonic()
-            rates = [(after - at) / took_s / 1e9 for at, after in zip(before, _moved(client))]
+            moved, took_s = [0, 0], 0.0
+            with _fio(plan, client) as fio:
+                for _ in range(plan.pick(1, 3)):
+                    _measure(work, quiet)
+                    if fio is not None:
+                        with fio.beside("read", LARGE.block_bytes, DEPTH, plan.directory / "fio.log") as process:
+                            _measure(work, beside_fio)
+                            process.check()
+                    before, begun = _moved(client), time.monotonic()
+                    for worker, order in zip(workers, ("warm", "keep")):
+                        worker.tell(order)
+                    _measure(work, busy)
+                    for worker in workers:
+                        worker.tell("stop")
+                        worker.hear()
+                    took_s += time.monotonic() - begun
+                    moved = [total + after - at for total, at, after in zip(moved, before, _moved(client))]
+            rates = [total / took_s / 1e9 for total in moved]
         finally:
             for worker in workers:
                 worker.stop()
@@ -78,16 +81,15 @@ def _measure(work: dict[str, Call], times: Times) -> None:
 
 
 @contextmanager
-def _fio(plan: Plan, client: Client) -> Iterator[None]:
-    """Random reads of the tier's block size and depth meanwhile; without fio nothing."""
+def _fio(plan: Plan, client: Client) -> Iterator[Fio | None]:
+    """fio on a file of its own; None where there is none."""
     try:
         fio = Fio(plan.on_drive, 2 * GIB, pages_of(client.status()))
     except BenchError:
-        yield
+        yield None
         return
-    with closing(fio), fio.beside("read", LARGE.block_bytes, DEPTH, plan.directory / "fio.log") as process:
-        yield
-        process.check()
+    with closing(fio):
+        yield fio
 
 
 def _moved(client: Client) -> tuple[int, int]:
@@ -108,11 +110,14 @@ def _paced(call: Callable[[], None], calls: int) -> list[float]:
 def _worse(quiet: Times, beside_fio: Times, busy: Times, rates: list[float]) -> Figure:
     told, ratios, bounds, samples = [], {}, {}, {}
     for name in quiet:
-        before, fio, beside = (percentile(times[name], 99) * 1e3 for times in (quiet, beside_fio, busy))
-        ratios[name], bounds[name] = beside / before, fio / before
-        told.append(f"{name} p99 {beside:.2f} ms, quiet {before:.2f} ms, beside fio {fio:.2f} ms")
-        for when, times in (("quiet", quiet), ("fio", beside_fio), ("busy", busy)):
-            samples[f"{name}_{when}_ms_p50_90_95_99_999_max"] = [percentile(times[name], at) * 1e3 for at in _PERCENTS]
+        measured = {"quiet": quiet[name], "fio": beside_fio[name], "busy": busy[name]}
+        p99 = {when: percentile(times, 99) * 1e3 for when, times in measured.items() if times}
+        ratios[name], bounds[name] = p99["busy"] / p99["quiet"], p99["fio"] / p99["quiet"] if "fio" in p99 else None
+        told.append(f"{name} p99 " + ", ".join(f"{when} {value:.2f} ms" for when, value in p99.items()))
+        for when in p99:
+            samples[f"{name}_{when}_ms_p50_90_95_99_999_max"] = [
+                percentile(measured[when], at) * 1e3 for at in _PERCENTS
+            ]
     worst = max(ratios, key=ratios.__getitem__)
     note = f"{'; '.join(told)}; meanwhile {rates[0]:.2f} GB/s were read and {rates[1]:.2f} GB/s written"
     return Figure(NAME, ratios[worst], "x quiet p99", bounds[worst], ratios[worst], samples, note)

@@ -6,6 +6,7 @@ operator's slip: it must be named when the engine starts, not met inside the ser
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any, TypeGuard
@@ -38,18 +39,7 @@ def client_options(extra: Mapping[str, object], *, name: str) -> ClientOptions:
 
 def client_of(options: ClientOptions) -> Client:
     """A client with these options; it does not connect yet."""
-    return Client(
-        options.runtime_dir,
-        options.name,
-        options.client_group,
-        strict=options.strict,
-        budget_ms=options.budget_ms,
-        timeout_ms=options.timeout_ms,
-        copy_threads=options.copy_threads,
-        copy_cpus=options.copy_cpus,
-        verify=options.verify,
-        checksum_stores=options.checksum_stores,
-    )
+    return Client(**dataclasses.asdict(options))
 
 
 def _is_number(value: object) -> TypeGuard[int | float]:

@@ -137,8 +137,7 @@ class ForebayConnector(KVConnectorBase_V1, SupportsHMA):
     def _memory(self, kv_caches: Mapping[str, Any]) -> EngineMemory:
         pages = layer_pages(kv_caches, self._geometry, self._kv_cache_config)
         if all(page.device.type == "cpu" for page in pages):
-            table = segment_table(kv_caches, self._geometry, self._kv_cache_config)
-            return HostMemory(table, NumpyCopier())
+            return HostMemory(segment_table(pages, self._geometry), NumpyCopier())
         return StagedMemory(pages, self._geometry.page_bytes, torch)
 
     def handle_preemptions(self, kv_connector_metadata: Any) -> None:

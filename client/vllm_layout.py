@@ -171,13 +171,13 @@ def refuse_unsupported(parallel: Any) -> None:
             raise BadRequest(f"{field} must be 1 with forebay")
 
 
-def segment_table(kv_caches: Mapping[str, Any], geometry: Geometry, kv_cache_config: Any) -> SegmentTable:
-    """The table of what vLLM allocated in host memory. Raises LayoutError where that is not what it had planned."""
-    parts = [SegmentTable.of(pages) for pages in layer_pages(kv_caches, geometry, kv_cache_config)]
-    for name, part, size in zip(geometry.layers, parts, geometry.page_bytes, strict=True):
-        if part.block_bytes != size:
-            raise LayoutError(f"layer {name} holds {part.block_bytes} bytes a block; vLLM planned {size}")
-    table = SegmentTable.of(layer_pages(kv_caches, geometry, kv_cache_config))
+def segment_table(pages: Sequence[Any], geometry: Geometry) -> SegmentTable:
+    """The table of each layer's pages in host memory. Raises LayoutError where they are not what vLLM had planned."""
+    for name, page, size in zip(geometry.layers, pages, geometry.page_bytes, strict=True):
+        found = SegmentTable.of(page).block_bytes
+        if found != size:
+            raise LayoutError(f"layer {name} holds {found} bytes a block; vLLM planned {size}")
+    table = SegmentTable.of(list(pages))
     table.check_layout(geometry.page_bytes)
     table.check_writable()
     return table

@@ -165,7 +165,7 @@ class Mover:
         self._store.restore_done()
         _trim()
         for problem in event.problems:
-            log.warning("the index of the nvme tier was made anew", extra=fields(reason=problem))
+            log.warning("the nvme tier was not all restored from its indexes", extra=fields(reason=problem))
         seconds = round(event.seconds, 3)
         log.info("nvme tier restored", extra=fields(blocks=event.blocks, seconds=seconds, rebuilt=event.rebuilt))
 

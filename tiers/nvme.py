@@ -21,7 +21,7 @@ from forebay.tiers.files import Files, OsFiles
 from forebay.tiers.nvme_drive import Drive, open_drive
 from forebay.tiers.nvme_format import HASH_BYTES_MAX, PAGE, slabs_in, slots_per_slab
 from forebay.tiers.nvme_index import Committer
-from forebay.tiers.nvme_io import DriveIo, Errors, Part, Work, WriteHealth, latency_of
+from forebay.tiers.nvme_io import DriveIo, Errors, Part, Work, WriteHealth, added
 from forebay.tiers.nvme_io_process import IoProcess, MemoryHandle
 from forebay.tiers.nvme_jobs import (
     DriveInfo,
@@ -149,17 +149,17 @@ class NvmeTier:
 
     def detail(self) -> NvmeInfo:
         """Drives, counters and histograms now. Cheap, but not for every request: it adds up over all threads."""
-        loads = [meter for unit in self._units for meter in unit.io.load_meters]
-        writes = [meter for unit in self._units for meter in unit.io.write_meters]
+        loads = added(meter for unit in self._units for meter in unit.io.load_meters)
+        writes = added(meter for unit in self._units for meter in unit.io.write_meters)
         restores = [unit.restore for unit in self._units]
         return NvmeInfo(
             drives=(*(_drive_info(unit) for unit in self._units), *(_refused_info(*each) for each in self._refused)),
-            read_bytes=sum(meter.bytes for meter in loads),
-            written_bytes=sum(meter.bytes for meter in writes),
-            read_blocks=sum(meter.blocks for meter in loads),
-            written_blocks=sum(meter.blocks for meter in writes),
-            load_latency=latency_of(loads),
-            write_latency=latency_of(writes),
+            read_bytes=loads.bytes,
+            written_bytes=writes.bytes,
+            read_blocks=loads.blocks,
+            written_blocks=writes.blocks,
+            load_latency=loads.latency(),
+            write_latency=writes.latency(),
             errors=self._errors.listed(),
             restored_blocks=sum(restore.blocks for restore in restores),
             restored_fraction=sum(restore.fraction for restore in restores) / len(restores) if restores else 1.0,

@@ -6,9 +6,9 @@ many calls as that are at the drive while other threads are hashing. Loads go fi
 is under way, so that stores go on but never in a load's way. What a job has in adjacent slots is one call, header pages
 and payloads interleaved.
 
-The interpreter lock is the scarce good here, since the owner thread needs it too. So a thread's own work on a block is
-one unpacking, one comparison and two hashes, and hashing and I/O run without it. The threads do not stand back for the
-owner by their niceness: on two busy cores that halved the owner's tail and cost a quarter of the drive's rate.
+The interpreter lock is the scarce good here, so a thread's own work on a block is one unpacking, one comparison and two
+hashes, and hashing and I/O run without it. The daemon runs this in a process of its own (nvme_io_child.py), so that the
+owner thread has its lock for itself.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import time
 from array import array
 from bisect import bisect_left
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from xxhash import xxh3_64_intdigest
 
@@ -155,11 +155,20 @@ class Meter:
         self.sum_s += seconds
         self.bytes += size
 
+    def latency(self) -> Latency:
+        """The calls' histogram."""
+        return Latency(tuple(self.counts), self.sum_s)
 
-def latency_of(meters: Sequence[Meter]) -> Latency:
-    """The histogram of several threads together."""
-    counts = tuple(sum(column) for column in zip(*(meter.counts for meter in meters)))
-    return Latency(counts or (0,) * (len(LATENCY_BOUNDS_S) + 1), sum(meter.sum_s for meter in meters))
+
+def added(meters: Iterable[Meter]) -> Meter:
+    """Several meters as one."""
+    total = Meter()
+    for meter in meters:
+        total.counts = [mine + its for mine, its in zip(total.counts, meter.counts, strict=True)]
+        total.sum_s += meter.sum_s
+        total.bytes += meter.bytes
+        total.blocks += meter.blocks
+    return total
 
 
 class Errors:
@@ -187,24 +196,26 @@ class HeaderPages:
 
 
 class CallQueue:
-    """Calls that have not begun, first come first served. A job's are taken out without a look at all the others."""
+    """Calls that have not begun, first come first served. A job's are taken out without a look at all the others.
 
-    __slots__ = ("_count", "_jobs")
+    Attributes:
+        blocks: how many all its calls have.
+    """
+
+    __slots__ = ("_count", "_jobs", "blocks")
 
     def __init__(self) -> None:
         self._jobs: OrderedDict[int, deque[Call]] = OrderedDict()
         self._count = 0
+        self.blocks = 0
 
     def __len__(self) -> int:
         return self._count
 
-    def __iter__(self) -> Iterator[Call]:
-        return (call for calls in self._jobs.values() for call in calls)
-
     def add(self, job_id: int, calls: Sequence[Call]) -> None:
         if calls:
             self._jobs.setdefault(job_id, deque()).extend(calls)
-            self._count += len(calls)
+            self._count_in(calls, 1)
 
     def take(self) -> Call:
         """The next call; there is one."""
@@ -212,20 +223,22 @@ class CallQueue:
         call = calls.popleft()
         if not calls:
             del self._jobs[job_id]
-        self._count -= 1
+        self._count_in((call,), -1)
         return call
 
     def take_job(self, job_id: int) -> Sequence[Call]:
         """All of one job's."""
         calls = self._jobs.pop(job_id, ())
-        self._count -= len(calls)
+        self._count_in(calls, -1)
         return calls
 
     def take_all(self) -> list[Call]:
-        calls = list(self)
-        self._jobs.clear()
-        self._count = 0
-        return calls
+        return [call for job_id in list(self._jobs) for call in self.take_job(job_id)]
+
+    def _count_in(self, calls: Iterable[Call], sign: int) -> None:
+        for _, _, run in calls:
+            self._count += sign
+            self.blocks += sign * len(run)
 
 
 class DriveIo:
@@ -300,9 +313,7 @@ class DriveIo:
 
     def queued_blocks(self) -> tuple[int, int]:
         """Blocks whose call has not begun: loads, writes."""
-        with self._lock:
-            loads, writes = (sum(len(run) for _, _, run in queue) for queue in (self._loads, self._writes))
-            return loads, writes
+        return self._loads.blocks, self._writes.blocks
 
     def under_way(self) -> tuple[int, int]:
         """Calls under way: loads at the drive, writes at the drive or being made ready for it."""

@@ -9,6 +9,7 @@ one may be on its way; it ends with the daemon, however that ends.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import os
 import platform
@@ -24,12 +25,11 @@ from typing import Any
 
 from forebay.tiers.files import OsFiles
 from forebay.tiers.nvme_drive import SlotFile
-from forebay.tiers.nvme_io import DriveIo, Errors, Part, WriteHealth
+from forebay.tiers.nvme_io import DriveIo, Errors, Part, WriteHealth, added
 from forebay.tiers.nvme_io_wire import (
     Frames,
     Kind,
     State,
-    added,
     frame,
     memory_of,
     pack_done,
@@ -41,7 +41,6 @@ from forebay.transports.shm import map_shared
 STATE_S = 0.1
 """How often, while there is work, the daemon is told how things are."""
 _MEMORY_S = 10.0
-_CLOSE_S = 1.0
 _PR_SET_PDEATHSIG = 1
 _SCHED_SETATTR = {"x86_64": 314, "aarch64": 274}
 _SCHED_ATTR = struct.Struct("=IIQiIQQQ")
@@ -174,13 +173,14 @@ def stand_back(nice: int) -> None:
 
     A batch task with a long slice is preempted by any other (sched_setattr(2); the slice counts since Linux 6.12), and
     what it is owed over time stays what its niceness says. SCHED_IDLE was rejected: where no core is ever free it would
-    hardly get one.
+    hardly get one. What the system refuses, such as to a daemon that is nicer already, is left as it was.
     """
     if not nice:
         return
-    os.setpriority(os.PRIO_PROCESS, 0, nice)
+    with contextlib.suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, 0, nice)
     number = _SCHED_SETATTR.get(platform.machine())
-    if number is not None:  # where it fails, niceness alone has to do
+    if number is not None:
         attributes = _SCHED_ATTR.pack(_SCHED_ATTR.size, os.SCHED_BATCH, 0, nice, 0, _SLICE_NS, 0, 0)
         ctypes.CDLL(None).syscall(number, 0, attributes, 0)
 

@@ -23,8 +23,8 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from forebay.tiers.nvme_drive import Drive
-from forebay.tiers.nvme_io import Errors, Meter, Part, WriteHealth
-from forebay.tiers.nvme_io_wire import Frames, Kind, State, added, frame, pack_part, send_memory, settle
+from forebay.tiers.nvme_io import Errors, Meter, Part, WriteHealth, added
+from forebay.tiers.nvme_io_wire import Frames, Kind, State, frame, pack_part, send_memory, settle
 from forebay.tiers.nvme_jobs import IoStatus, WriteJob
 
 log = logging.getLogger(__name__)
@@ -109,7 +109,7 @@ class IoProcess:
     def submit(self, part: Part) -> None:
         """Send a part. It ends as DOWN at once while there is no process, and a load while the drive is stuck."""
         with self._lock:
-            sent = self._stream is not None and not (not _writes(part) and self._is_stuck()) and self._send_part(part)
+            sent = self._takes(part) and self._send_part(part)
         if not sent:
             _set_all(part, IoStatus.DOWN)
             self._errors.add("write_down" if _writes(part) else "load_down", len(part.blocks))
@@ -156,8 +156,11 @@ class IoProcess:
 
     # --- under the lock ---
 
-    def _is_stuck(self) -> bool:
-        return self._loads_left > 0 and time.monotonic() - self._progress_s > STUCK_S
+    def _takes(self, part: Part) -> bool:
+        if self._stream is None:
+            return False
+        stuck = self._loads_left > 0 and time.monotonic() - self._progress_s > STUCK_S
+        return _writes(part) or not stuck
 
     def _send_part(self, part: Part) -> bool:
         """False when it could not be: no descriptor was left to send its memory later."""

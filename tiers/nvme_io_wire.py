@@ -17,7 +17,7 @@ from typing import Any
 import msgpack
 
 from forebay.tiers.nvme_io import Meter, Part, Work
-from forebay.tiers.nvme_jobs import LATENCY_BOUNDS_S, LoadJob, WriteJob
+from forebay.tiers.nvme_jobs import LoadJob, WriteJob
 
 _LENGTH = struct.Struct("<I")
 _RECEIVED_BYTES = 1 << 16
@@ -57,16 +57,6 @@ class State:
         return cls(
             (queued[0], queued[1]), (under_way[0], under_way[1]), _meter(loads), _meter(writes), errors, failures
         )
-
-
-def added(meters: Sequence[Meter]) -> Meter:
-    """Several meters as one."""
-    total = Meter()
-    total.counts = [sum(column) for column in zip([0] * (len(LATENCY_BOUNDS_S) + 1), *(each.counts for each in meters))]
-    total.sum_s = sum(each.sum_s for each in meters)
-    total.bytes = sum(each.bytes for each in meters)
-    total.blocks = sum(each.blocks for each in meters)
-    return total
 
 
 def _meter(items: Sequence[Any]) -> Meter:

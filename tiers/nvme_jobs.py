@@ -67,7 +67,7 @@ class _Job:
     heeded.
 
     `views` are the host slots: `slot_bytes` long, beginning on a page. Where another process does the I/O they are
-    empty, and `memory` says where each slot lies: a number that `HostMemory` knows, and the byte offset in it.
+    empty, and `memory` says where each slot lies: the number of a slab's memory, and the byte offset in it.
     """
 
     job_id: int

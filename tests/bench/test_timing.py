@@ -30,6 +30,16 @@ def test_ratios_compare_the_best_of_both_sides() -> None:
     assert pair.rate_ratio == 0.5
 
 
+def test_typical_ratio_is_the_median_of_the_turns() -> None:
+    """A bound that doubles in some turns does not set the ratio by itself."""
+    pair = Pair(
+        bound=series((1.0, 0), (8.0, 0), (1.0, 0)),
+        measured=series((4.0, 0), (1.0, 0), (2.0, 0)),
+    )
+    assert pair.typical_rate_ratio == 0.5
+    assert pair.rate_ratio == 1.0
+
+
 def test_note_counts_rejected_samples() -> None:
     """Readers must see how quiet the machine was."""
     assert Pair(series((1, 0)), series((1, 0))).note() == ""

@@ -166,7 +166,7 @@ def test_table_is_of_the_memory_that_was_allocated(blocks_last: bool) -> None:
     shape = (2, BLOCKS, BLOCK, HEADS, HEAD) if blocks_last else (BLOCKS, HEADS, BLOCK, 2 * HEAD)
     config = cache_config(kv_cache_tensors=[SimpleNamespace(layers=["a", "b"], block_stride=0)])
     tensors = {name: torch.zeros(shape) for name in ("a", "b")}
-    table = segment_table(tensors, geometry_of(config), config)
+    table = segment_table(layer_pages(tensors, geometry_of(config), config), geometry_of(config))
     assert (table.blocks, table.block_bytes, table.writable) == (BLOCKS, 2 * PAGE, True)
 
 
@@ -176,7 +176,7 @@ def test_smaller_blocks_of_the_kernels_are_joined() -> None:
     config = cache_config(kv_cache_tensors=[SimpleNamespace(layers=["a", "b"], block_stride=64)])
     pages = layer_pages(tensors, geometry, config)
     assert pages[0].shape == (BLOCKS, 2, 4)
-    assert segment_table(tensors, geometry, config).blocks == BLOCKS
+    assert segment_table(layer_pages(tensors, geometry, config), geometry).blocks == BLOCKS
 
 
 def test_memory_other_than_planned_is_refused() -> None:
@@ -190,7 +190,7 @@ def test_memory_other_than_planned_is_refused() -> None:
         ({"a": good, "b": [good, good]}, "several tensors"),
     ):
         with pytest.raises(LayoutError, match=words):
-            segment_table(tensors, geometry, config)
+            segment_table(layer_pages(tensors, geometry, config), geometry)
     loose = cache_config(kv_cache_tensors=[])
     with pytest.raises(LayoutError, match="vLLM planned"):
-        segment_table({"a": good, "b": torch.zeros((BLOCKS, PAGE // 2))}, geometry, loose)
+        segment_table(layer_pages({"a": good, "b": torch.zeros((BLOCKS, PAGE // 2))}, geometry, loose), geometry)

@@ -30,7 +30,7 @@ from forebay.tiers.nvme_io import (
     Part,
     Work,
     WriteHealth,
-    latency_of,
+    added,
     plan_calls,
 )
 from forebay.tiers.nvme_jobs import LATENCY_BOUNDS_S, IoStatus, LoadJob
@@ -429,7 +429,7 @@ def test_latency_falls_into_the_first_bound_that_holds_it() -> None:
     meters[0].add(0.0001, 1)
     meters[1].add(0.0002, 1)
     meters[1].add(9.0, 1)
-    found = latency_of(meters)
+    found = added(meters).latency()
     assert found.counts == (1, 1, *(0,) * (len(LATENCY_BOUNDS_S) - 2), 1)
     assert found.sum_s == pytest.approx(9.0003)
 

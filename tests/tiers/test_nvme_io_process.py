@@ -17,13 +17,14 @@ import pytest
 from tests.tiers.nvme_rig import PAYLOAD, SLAB, SLOT, WAIT_S, Rig, content
 
 from forebay.kvstore.errors import Busy
-from forebay.tiers import nvme_io_process
+from forebay.tiers import nvme_io_child, nvme_io_process
 from forebay.tiers.files import OsFiles
 from forebay.tiers.nvme_drive import DATA_NAME, open_existing
 from forebay.tiers.nvme_format import PAGE, slot_offset
 from forebay.tiers.nvme_io_process import IoProcess
 from forebay.tiers.nvme_jobs import IoStatus, LoadJob, WriteJob
 from forebay.transports.shm import create_memfd, map_shared
+from support.live import eventually
 
 OK = IoStatus.OK
 NEVER = threading.Event()
@@ -114,13 +115,6 @@ def is_alive(pid: int) -> bool:
         return b") Z" not in Path(f"/proc/{pid}/stat").read_bytes()
     except OSError:
         return False
-
-
-def eventually(true: Callable[[], bool], what: str) -> None:
-    deadline_s = time.monotonic() + WAIT_S
-    while not true():
-        assert time.monotonic() < deadline_s, what
-        NEVER.wait(0.01)
 
 
 def test_blocks_come_back_in_any_order_with_the_checksums_of_their_writes(rig: ProcessRig) -> None:
@@ -308,9 +302,9 @@ def test_close_does_not_wait_for_a_process_that_hangs(rig: ProcessRig) -> None:
 
 def test_process_ends_with_the_daemon_however_that_ends(tmp_path: Path) -> None:
     program = (
-        "import sys, time; from pathlib import Path; from tests.tiers.test_nvme_io_process import ProcessRig;"
+        "import signal; from pathlib import Path; from tests.tiers.test_nvme_io_process import ProcessRig;"
         f"rig = ProcessRig(Path({str(tmp_path / 'drive')!r})); rig.restore();"
-        "print(rig.io().pid, flush=True); time.sleep(60)"
+        "print(rig.io().pid, flush=True); signal.pause()"
     )
     root = Path(__file__).parents[2]
     path = os.pathsep.join(map(str, (root, root / "tests" / "shared", *filter(None, sys.path))))
@@ -331,6 +325,17 @@ def test_it_stands_back_as_far_as_it_was_told(make: Callable[..., ProcessRig], n
     for thread in map(int, os.listdir(f"/proc/{rig.io().pid}/task")):
         assert os.getpriority(os.PRIO_PROCESS, thread) == nice
         assert os.sched_getscheduler(thread) == policy
+
+
+def test_system_that_refuses_a_priority_costs_nothing_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A daemon that is nicer than it may make its child, a container that allows no such call."""
+
+    def refuse(*_: int) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "setpriority", refuse)
+    monkeypatch.setattr(nvme_io_child, "_SCHED_SETATTR", {})
+    nvme_io_child.stand_back(5)
 
 
 @pytest.mark.parametrize("ignored", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
