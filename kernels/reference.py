@@ -99,13 +99,14 @@ class ReferenceKernels:
 def block_sums(payload: bytes) -> NDArray[np.uint64]:
     """What XXH3 adds between two scrambles: uint64 (sums_of, 8)."""
     rows, stripes = sums_of(len(payload)), summed_stripes(len(payload))
-    words = np.frombuffer(payload, "<u8", stripes * _LANES).reshape(stripes, _LANES)
+    words: NDArray[np.uint64] = np.frombuffer(payload, "<u8", stripes * _LANES).reshape(stripes, _LANES)
     keys = np.array([[_word(8 * (s + lane)) for lane in range(_LANES)] for s in range(_STRIPES_PER_SUM)], np.uint64)
     mixed = words ^ keys[np.arange(stripes) % _STRIPES_PER_SUM]
     added = (mixed & _LOW) * (mixed >> _HALF) + words[:, [1, 0, 3, 2, 5, 4, 7, 6]]
     padded = np.zeros((rows * _STRIPES_PER_SUM, _LANES), np.uint64)
     padded[:stripes] = added
-    return padded.reshape(rows, _STRIPES_PER_SUM, _LANES).sum(axis=1, dtype=np.uint64)
+    sums: NDArray[np.uint64] = padded.reshape(rows, _STRIPES_PER_SUM, _LANES).sum(axis=1, dtype=np.uint64)
+    return sums
 
 
 def finished(sums: NDArray[np.uint64], payload: bytes) -> int:
@@ -146,7 +147,7 @@ def _segments(layout: Layout, block: int) -> list[tuple[int, int, int]]:
 
 
 def _array(address: int, count: int) -> Any:
-    return np.frombuffer((ctypes.c_uint64 * count).from_address(address), np.uint64)
+    return np.ctypeslib.as_array((ctypes.c_uint64 * count).from_address(address))
 
 
 def _numbers(address: int, count: int) -> list[int]:

@@ -68,6 +68,17 @@ def runtime_directory(explicit: str | Path | None = None, environ: Mapping[str, 
     return Path(f"/tmp/forebay-{os.geteuid()}")  # noqa: S108  # owner and mode are checked before use
 
 
+def cache_directory(environ: Mapping[str, str] | None = None) -> Path:
+    """Where compiled kernels and tuning are kept; nothing is created or checked.
+
+    The first of: $FOREBAY_CACHE_DIR, $XDG_CACHE_HOME/forebay, ~/.cache/forebay.
+    """
+    environ = os.environ if environ is None else environ
+    if chosen := environ.get("FOREBAY_CACHE_DIR"):
+        return Path(chosen).absolute()
+    return Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "forebay"
+
+
 def find(explicit: str | Path | None = None, environ: Mapping[str, str] | None = None) -> RuntimePaths:
     """A client's paths. A directory that is not there is no error (no daemon); one of a stranger's is Forbidden."""
     paths = RuntimePaths(runtime_directory(explicit, environ))

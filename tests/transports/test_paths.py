@@ -134,3 +134,9 @@ def test_a_link_in_the_locks_place_is_not_followed(tmp_path: Path) -> None:
     (tmp_path / "daemon.lock").symlink_to(tmp_path / "target")
     with pytest.raises(OSError, match="symbolic links"):
         paths.DaemonLock(tmp_path / "daemon.lock")
+
+
+def test_cache_directory_is_the_users_own_unless_told_otherwise(tmp_path: Path) -> None:
+    assert paths.cache_directory({"FOREBAY_CACHE_DIR": "/a", "XDG_CACHE_HOME": "/b"}) == Path("/a")
+    assert paths.cache_directory({"XDG_CACHE_HOME": str(tmp_path)}) == tmp_path / "forebay"
+    assert paths.cache_directory({}) == Path.home() / ".cache/forebay"

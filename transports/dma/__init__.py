@@ -1,0 +1,22 @@
+"""DMA streams: blocks between a GPU's paged memory and host slots, asynchronously and at link speed.
+
+`DmaEngine` moves them in one of three ways (`Strategy`), on streams of its own, ordered by events after whoever wrote
+the source and before whoever reads the destination. `PinnedRegions` makes the host's side reachable for the GPU.
+"""
+
+from forebay.transports.dma.device import Device, Direction
+from forebay.transports.dma.engine import DmaEngine, DmaOptions, Strategy, Transfer
+from forebay.transports.dma.errors import DmaError, DmaTimeout
+from forebay.transports.dma.pinned import PinnedRegions
+
+__all__ = [
+    "Device",
+    "Direction",
+    "DmaEngine",
+    "DmaError",
+    "DmaOptions",
+    "DmaTimeout",
+    "PinnedRegions",
+    "Strategy",
+    "Transfer",
+]

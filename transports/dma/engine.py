@@ -1,0 +1,551 @@
+"""The engine that moves blocks: three strategies, two directions, streams of its own, nothing waited for.
+
+A transfer is cut into chunks. Each is enqueued on the direction's streams and ordered by events, so the copy engine
+runs ahead while the kernel works on the chunk before:
+
+- DMA: the copy engine moves each segment, neighbours merged. Costs the GPU's multiprocessors nothing.
+- STAGED: the copy engine moves whole slots through a ring in device memory, a kernel scatters or gathers there.
+- MAPPED: the kernel reads or writes the host's slots itself.
+
+Checksums are summed by the kernel that copies; with DMA, by one that reads the paged memory.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import enum
+import itertools
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from forebay.kernels.layout import CHECKSUM_BLOCK_BYTES_MIN, Layout, Table, alignment_of, sums_of
+from forebay.transports.dma.device import Addresses, Buffer, Device, Direction
+from forebay.transports.dma.errors import DmaError, DmaTimeout
+from forebay.transports.dma.pieces import merged, of_segments
+from forebay.transports.dma.pinned import PinnedRegions
+
+_POLL_S = 50e-6
+_SUM_ROW_BYTES = 64
+_RING_ALIGNMENT = 16
+
+DMA_SEGMENT_BYTES_MIN = 128 << 10
+MAPPED_BYTES_MAX = 1 << 20
+"""Where nothing was measured: segments from this size on are worth a descriptor each; so few bytes, one kernel."""
+
+
+class Strategy(enum.Enum):
+    """How blocks are moved; see the module."""
+
+    DMA = "dma"
+    STAGED = "staged"
+    MAPPED = "mapped"
+
+
+@dataclass(frozen=True, slots=True)
+class DmaOptions:
+    """How much of the GPU the engine may take.
+
+    Attributes:
+        chunk_bytes: moved by one step of the pipeline; at least one block.
+        ring_chunks: chunks of device memory a direction for STAGED.
+        inflight_bytes: enqueued and not yet moved, a direction; more waits.
+        multiprocessors: that a kernel may use; the rest stays the inference engine's. 0: all.
+        timeout_s: how long a transfer may wait for those before it.
+    """
+
+    chunk_bytes: int = 16 << 20
+    ring_chunks: int = 4
+    inflight_bytes: int = 256 << 20
+    multiprocessors: int = 16
+    timeout_s: float = 30.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Transfer:
+    """Blocks on their way. Keeps what the GPU still reads or writes alive until its event has passed."""
+
+    bytes: int
+    _device: Device
+    _event: Any
+    _kept: tuple[object, ...]
+    _checksums: tuple[NDArray[np.uint64], ...] | None
+
+    def done(self) -> bool:
+        return self._device.passed(self._event)
+
+    def wait(self, timeout_s: float) -> None:
+        """Until the bytes are where they belong. Raises DmaTimeout: they may still be moving."""
+        wait_until(self._device, self._event, time.monotonic() + timeout_s)
+
+    def before(self, stream: int) -> None:
+        """What is enqueued on the stream from now on runs after this transfer."""
+        self._device.wait(stream, self._event)
+
+    @property
+    def checksums(self) -> NDArray[np.uint64]:
+        """XXH3-64 of each block as it lies in the paged memory, 1 where that is 0; once `done`. uint64 (blocks,)."""
+        if self._checksums is None:
+            raise DmaError("this transfer was begun without checksums")
+        return np.concatenate(self._checksums)
+
+
+_never = threading.Event()
+
+
+def wait_until(device: Device, event: Any, deadline: float) -> None:
+    """Poll an event: no callback of the driver's ever takes the GIL, no thread is stuck in the driver."""
+    while not device.passed(event):
+        if time.monotonic() > deadline:
+            raise DmaTimeout("the GPU has not ended a transfer in time")
+        _never.wait(_POLL_S)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Job:
+    """One transfer's blocks.
+
+    Attributes:
+        hosts: where the slots begin, int64 (n,). seen: the same as the device sees them.
+        regions: which pinned region each lies in.
+        after: the stream to wait for, if any.
+    """
+
+    layout: Layout
+    block_ids: Addresses
+    hosts: Addresses
+    seen: Addresses
+    regions: Addresses
+    strategy: Strategy
+    checksums: bool
+    after: int | None
+
+    def __len__(self) -> int:
+        return len(self.block_ids)
+
+
+@dataclass(slots=True)
+class _Stage:
+    """A chunk's place: device memory for slots and sums, and what they last served.
+
+    Attributes:
+        copied: behind the last copy from or into `slots`. moved: behind the last kernel. summed: `sums` were used.
+    """
+
+    copied: Any
+    moved: Any
+    summed: Any
+    slots: Buffer | None = None
+    sums: Buffer | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """One chunk of a job: blocks `first` to `last - 1`, and device addresses of their ids, slots and sums."""
+
+    job: _Job
+    first: int
+    last: int
+    stage: _Stage
+    table: Table
+    ids: int
+    slots: int
+    width: int
+    ring: Addresses
+
+    @property
+    def blocks(self) -> int:
+        return self.last - self.first
+
+    @property
+    def inside(self) -> slice:
+        return slice(self.first, self.last)
+
+    @property
+    def sums(self) -> int:
+        return self.stage.sums.address if self.job.checksums and self.stage.sums is not None else 0
+
+
+@dataclass(slots=True)
+class _Lane:
+    """One direction: its streams, its stages, what is under way."""
+
+    direction: Direction
+    copying: int
+    kernel: int
+    checking: int
+    stages: list[_Stage]
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    pending: deque[Transfer] = field(default_factory=deque)
+    bounce: list[Buffer] = field(default_factory=list)
+    holding: list[object] = field(default_factory=list)
+    """Memory of transfers that were not enqueued to their end."""
+
+
+class DmaEngine:
+    """Moves blocks between one GPU's paged memory and host slots. May be used by several threads at once.
+
+    Attributes:
+        pinned: the host memory that the GPU reaches; slots outside it go through a pinned bounce buffer.
+    """
+
+    def __init__(self, device: Device, options: DmaOptions | None = None) -> None:
+        self._device = device
+        self._options = options or DmaOptions()
+        device.use()
+        self.pinned = PinnedRegions(device)
+        self._lanes = {direction: self._lane(direction) for direction in Direction}
+
+    def load(
+        self,
+        layout: Layout,
+        block_ids: Addresses,
+        slots: Addresses,
+        *,
+        strategy: Strategy | None = None,
+        after: int | None = None,
+        checksums: bool = False,
+    ) -> Transfer:
+        """Slots to paged memory.
+
+        Args:
+            block_ids: int64 (n,), each at most once.
+            slots: int64 (n,), the host address of each block's slot.
+            strategy: None chooses.
+            after: the stream that last used the blocks, by handle; None: nobody uses them.
+            checksums: also hash the blocks as they come to lie in the paged memory.
+        Raises:
+            DmaError: refused, or failed and stopped. DmaTimeout: bytes may still be moving.
+        """
+        return self._run(Direction.LOAD, layout, block_ids, slots, strategy, after, checksums)
+
+    def store(
+        self,
+        layout: Layout,
+        block_ids: Addresses,
+        slots: Addresses,
+        *,
+        strategy: Strategy | None = None,
+        after: int | None = None,
+        checksums: bool = False,
+    ) -> Transfer:
+        """Paged memory to slots; as `load`, with `after` the stream that writes the blocks. Ids may repeat."""
+        return self._run(Direction.STORE, layout, block_ids, slots, strategy, after, checksums)
+
+    def load_parts(
+        self,
+        layout: Layout,
+        block_ids: Addresses,
+        slots: Addresses,
+        bounds: Sequence[int],
+        *,
+        strategy: Strategy | None = None,
+        after: int | None = None,
+    ) -> list[Transfer]:
+        """As `load`, segments ``bounds[i]`` to ``bounds[i + 1] - 1`` of all blocks before the next ones.
+
+        For engines that begin to compute a layer when its part is there: a transfer a part, in order.
+        """
+        parts = [(layout.part(first, last), layout.offsets[first]) for first, last in itertools.pairwise(bounds)]
+        return [self.load(part, block_ids, slots + offset, strategy=strategy, after=after) for part, offset in parts]
+
+    def close(self, timeout_s: float) -> None:
+        """Wait for what is under way, then let go of all memory. Raises DmaTimeout, having let go of nothing."""
+        self._device.use()
+        deadline = time.monotonic() + timeout_s
+        for lane in self._lanes.values():
+            with lane.lock:
+                self._drain(lane, deadline)
+                lane.pending.clear()
+                lane.bounce.clear()
+                for stage in lane.stages:
+                    stage.slots = stage.sums = None
+        self.pinned.close(max(0.0, deadline - time.monotonic()))
+
+    def choose(self, layout: Layout, blocks: int, direction: Direction) -> Strategy:
+        """The strategy for so many blocks where no measurement says otherwise."""
+        if int(layout.sizes.min()) >= DMA_SEGMENT_BYTES_MIN:
+            return Strategy.DMA
+        if blocks * layout.block_bytes <= MAPPED_BYTES_MAX:
+            return Strategy.MAPPED
+        return Strategy.STAGED
+
+    # --- one transfer -------------------------------------------------------------------------------------------
+
+    def _run(
+        self,
+        direction: Direction,
+        layout: Layout,
+        block_ids: Addresses,
+        slots: Addresses,
+        strategy: Strategy | None,
+        after: int | None,
+        checksums: bool,
+    ) -> Transfer:
+        if len(block_ids) != len(slots) or not len(slots):
+            raise DmaError(f"{len(block_ids)} block ids for {len(slots)} slots")
+        if checksums and layout.block_bytes < CHECKSUM_BLOCK_BYTES_MIN:
+            raise DmaError(f"blocks of {layout.block_bytes} bytes are too small for a checksum on the GPU")
+        self._device.use()
+        lane = self._lanes[direction]
+        ids, hosts = (np.ascontiguousarray(column, np.int64) for column in (block_ids, slots))
+        with lane.lock:
+            while lane.pending and lane.pending[0].done():
+                lane.pending.popleft()
+            seen = self.pinned.device_addresses(hosts, layout.block_bytes)
+            regions = self.pinned.region_of(hosts)
+            chosen = strategy or self.choose(layout, len(hosts), direction)
+            job = _Job(layout, ids, hosts, hosts if seen is None else seen, regions, chosen, checksums, after)
+            try:
+                transfer = self._enqueue(lane, job) if seen is not None else self._bounced(lane, job)
+            except DmaTimeout:
+                raise
+            except Exception as error:
+                self._drain(lane, self._deadline())
+                raise DmaError(f"{direction.value} failed: {type(error).__name__}: {error}") from error
+            lane.pending.append(transfer)
+            return transfer
+
+    def _enqueue(self, lane: _Lane, job: _Job) -> Transfer:
+        device, layout, count = self._device, job.layout, len(job)
+        if job.after is not None:
+            begun = self._recorded(job.after)
+            for stream in (lane.copying, lane.kernel):
+                device.wait(stream, begun)
+        pitch = _rounded(layout.block_bytes)
+        per_chunk = max(1, self._options.chunk_bytes // pitch)
+        self._grow(lane, job, per_chunk)
+        stages = [lane.stages[index % len(lane.stages)] for index in range(-(-count // per_chunk))]
+        ring, seen = np.zeros(0, np.int64), job.seen
+        if job.strategy is Strategy.STAGED:
+            places = np.arange(per_chunk, dtype=np.int64) * pitch
+            bases = [stage.slots.address for stage in stages if stage.slots is not None]
+            ring = seen = np.concatenate([base + places for base in bases])[:count]
+        width = min(layout.alignment, alignment_of(seen))
+        address, kept = self._upload(lane, (job.block_ids, seen, layout.packed()))
+        table = Table(address + 16 * count, layout)
+        hashes, results = self._results(count if job.checksums else 0)
+        held = len(lane.holding)
+        lane.holding.append((kept, hashes, results))
+        window: deque[tuple[Any, int]] = deque()
+        for index, stage in enumerate(stages):
+            first, last = index * per_chunk, min((index + 1) * per_chunk, count)
+            ids = address + 8 * first
+            run = _Run(job, first, last, stage, table, ids, ids + 8 * count, width, ring[first:last])
+            stream = _STEPS[job.strategy](self, lane, run)
+            if hashes is not None:
+                stream = self._finish(lane, run, hashes.address + 8 * first)
+            window.append((self._recorded(stream), run.blocks * layout.block_bytes))
+            self._keep_in_flight(window)
+        transfer = self._ending(lane, job, hashes, results, kept)
+        del lane.holding[held:]
+        return transfer
+
+    def _ending(
+        self, lane: _Lane, job: _Job, hashes: Buffer | None, results: Buffer | None, kept: tuple[object, ...]
+    ) -> Transfer:
+        """One event behind everything that the transfer enqueued."""
+        for stream in (lane.copying, lane.kernel):
+            self._device.wait(lane.checking, self._recorded(stream))
+        checksums = None
+        if hashes is not None and results is not None and results.view is not None:
+            self._copy_one(results.address, hashes.address, results.size, Direction.STORE, lane.checking)
+            checksums = (results.view.view(np.uint64),)
+        end = self._recorded(lane.checking)
+        keep = (*kept, hashes, results)
+        return Transfer(len(job) * job.layout.block_bytes, self._device, end, keep, checksums)
+
+    def _keep_in_flight(self, window: deque[tuple[Any, int]]) -> None:
+        """Wait until no more is enqueued than may be."""
+        while len(window) > 1 and sum(size for _, size in window) > self._options.inflight_bytes:
+            oldest, _ = window.popleft()
+            wait_until(self._device, oldest, self._deadline())
+
+    # --- one chunk, by strategy: each returns the stream on which it ends ----------------------------------------
+
+    def _dma(self, lane: _Lane, run: _Run) -> int:
+        device, job, stage = self._device, run.job, run.stage
+        places = (job.block_ids[run.inside], job.hosts[run.inside], job.regions[run.inside])
+        paged, hosts, sizes = of_segments(job.layout, *places)
+        sides = (paged, hosts) if lane.direction is Direction.LOAD else (hosts, paged)
+        device.copy(*sides, sizes, lane.direction, lane.copying)
+        device.record(stage.copied, lane.copying)
+        if job.checksums:
+            device.wait(lane.kernel, stage.copied)
+            device.wait(lane.kernel, stage.summed)
+            device.kernels.read(
+                run.table,
+                run.ids,
+                run.blocks,
+                width=job.layout.alignment,
+                sums=run.sums,
+                stream=lane.kernel,
+                multiprocessors=self._options.multiprocessors,
+            )
+            device.record(stage.moved, lane.kernel)
+        return lane.copying
+
+    def _staged(self, lane: _Lane, run: _Run) -> int:
+        device, job, stage = self._device, run.job, run.stage
+        sizes = np.full(run.blocks, job.layout.block_bytes, np.int64)
+        ring, hosts, sizes = merged(run.ring, job.hosts[run.inside], sizes, job.regions[run.inside])
+        if lane.direction is Direction.LOAD:
+            device.wait(lane.copying, stage.moved)
+            device.copy(ring, hosts, sizes, lane.direction, lane.copying)
+            device.record(stage.copied, lane.copying)
+            device.wait(lane.kernel, stage.copied)
+            return self._mapped(lane, run)
+        device.wait(lane.kernel, stage.copied)
+        self._mapped(lane, run)
+        device.wait(lane.copying, stage.moved)
+        device.copy(hosts, ring, sizes, lane.direction, lane.copying)
+        device.record(stage.copied, lane.copying)
+        return lane.copying
+
+    def _mapped(self, lane: _Lane, run: _Run) -> int:
+        kernels = self._device.kernels
+        if run.sums:
+            self._device.wait(lane.kernel, run.stage.summed)
+        move = kernels.scatter if lane.direction is Direction.LOAD else kernels.gather
+        move(
+            run.table,
+            run.ids,
+            run.slots,
+            run.blocks,
+            width=run.width,
+            sums=run.sums,
+            stream=lane.kernel,
+            multiprocessors=self._options.multiprocessors,
+        )
+        self._device.record(run.stage.moved, lane.kernel)
+        return lane.kernel
+
+    def _finish(self, lane: _Lane, run: _Run, checksums: int) -> int:
+        """On a stream of its own: the chain of sums is long and narrow, and the next chunk need not wait for it."""
+        device, stage = self._device, run.stage
+        device.wait(lane.checking, stage.moved)
+        device.kernels.finish(run.table, run.ids, run.blocks, sums=run.sums, checksums=checksums, stream=lane.checking)
+        device.record(stage.summed, lane.checking)
+        return lane.checking
+
+    # --- host memory that is not pinned ---------------------------------------------------------------------------
+
+    def _bounced(self, lane: _Lane, job: _Job) -> Transfer:
+        """By way of two pinned buffers in turn; a store has ended when this returns."""
+        size = _rounded(job.layout.block_bytes)
+        per_buffer = max(1, self._options.chunk_bytes // size)
+        while len(lane.bounce) < 2 or lane.bounce[0].size < per_buffer * size:
+            for transfer in lane.pending:
+                transfer.wait(self._options.timeout_s)
+            lane.bounce = [self._device.pinned_memory(per_buffer * size) for _ in range(2)]
+        parts: list[tuple[Transfer, Addresses, Addresses]] = []
+        for index, first in enumerate(range(0, len(job), per_buffer)):
+            inside = slice(first, first + per_buffer)
+            hosts = job.hosts[inside]
+            places = lane.bounce[index % 2].address + np.arange(len(hosts), dtype=np.int64) * size
+            if index >= 2:
+                self._settle(lane, job, parts[index - 2])
+            if lane.direction is Direction.LOAD:
+                _copy_on_cpu(places, hosts, job.layout.block_bytes)
+            ids, regions = job.block_ids[inside], np.zeros(len(hosts), np.int64)
+            part = replace(job, block_ids=ids, hosts=places, seen=places, regions=regions)
+            parts.append((self._enqueue(lane, part), places, hosts))
+        for settled in parts[-2:]:
+            self._settle(lane, job, settled)
+        sums = [part._checksums[0] for part, _, _ in parts if part._checksums is not None]
+        kept = tuple(part for part, _, _ in parts)
+        last = parts[-1][0]
+        return replace(last, bytes=len(job) * job.layout.block_bytes, _kept=kept, _checksums=tuple(sums) or None)
+
+    def _settle(self, lane: _Lane, job: _Job, part: tuple[Transfer, Addresses, Addresses]) -> None:
+        """Wait for what uses a bounce buffer; what was stored goes on to its slots."""
+        transfer, places, hosts = part
+        transfer.wait(self._options.timeout_s)
+        if lane.direction is Direction.STORE:
+            _copy_on_cpu(hosts, places, job.layout.block_bytes)
+
+    # --- streams, events, memory ----------------------------------------------------------------------------------
+
+    def _lane(self, direction: Direction) -> _Lane:
+        device = self._device
+        copying, kernel, checking = (device.stream(urgent=direction is Direction.LOAD) for _ in range(3))
+        stages = [_Stage(device.event(), device.event(), device.event()) for _ in range(self._options.ring_chunks)]
+        return _Lane(direction, copying, kernel, checking, stages)
+
+    def _grow(self, lane: _Lane, job: _Job, per_chunk: int) -> None:
+        """Make the stages large enough for a job's chunks; one that is replaced was used up first."""
+        slots = per_chunk * _rounded(job.layout.block_bytes) if job.strategy is Strategy.STAGED else 0
+        sums = per_chunk * sums_of(job.layout.block_bytes) * _SUM_ROW_BYTES if job.checksums else 0
+        for stage in lane.stages:
+            if slots > _size(stage.slots) or sums > _size(stage.sums):
+                for event in (stage.copied, stage.moved, stage.summed):
+                    wait_until(self._device, event, self._deadline())
+            if slots > _size(stage.slots):
+                stage.slots = self._device.device_memory(slots)
+            if sums > _size(stage.sums):
+                stage.sums = self._device.device_memory(sums)
+
+    def _upload(self, lane: _Lane, columns: Sequence[Addresses]) -> tuple[int, tuple[object, ...]]:
+        """Numbers for the kernels, one column behind the other; returns their address and what to keep."""
+        numbers = np.concatenate(columns)
+        source, target = self._device.pinned_memory(numbers.nbytes), self._device.device_memory(numbers.nbytes)
+        assert source.view is not None
+        source.view[:] = numbers.view(np.uint8)
+        self._copy_one(target.address, source.address, numbers.nbytes, Direction.LOAD, lane.kernel)
+        return target.address, (source, target)
+
+    def _results(self, count: int) -> tuple[Buffer | None, Buffer | None]:
+        """Where `count` checksums are made, and where they are told."""
+        if not count:
+            return None, None
+        return self._device.device_memory(8 * count), self._device.pinned_memory(8 * count)
+
+    def _copy_one(self, target: int, source: int, size: int, direction: Direction, stream: int) -> None:
+        targets, sources, sizes = (np.array([number], np.int64) for number in (target, source, size))
+        self._device.copy(targets, sources, sizes, direction, stream)
+
+    def _recorded(self, stream: int) -> Any:
+        event = self._device.event()
+        self._device.record(event, stream)
+        return event
+
+    def _drain(self, lane: _Lane, deadline: float) -> None:
+        """What was enqueued must end before its memory is let go of."""
+        try:
+            for stream in (lane.copying, lane.kernel, lane.checking):
+                wait_until(self._device, self._recorded(stream), deadline)
+        except DmaTimeout:
+            raise
+        except Exception as error:  # the context is lost, and nothing moves any more
+            raise DmaError(f"the GPU is lost: {error}") from error
+        lane.holding.clear()
+
+    def _deadline(self) -> float:
+        return time.monotonic() + self._options.timeout_s
+
+
+_Step: TypeAlias = Callable[[DmaEngine, _Lane, _Run], int]
+_STEPS: dict[Strategy, _Step] = {
+    Strategy.DMA: DmaEngine._dma,
+    Strategy.STAGED: DmaEngine._staged,
+    Strategy.MAPPED: DmaEngine._mapped,
+}
+
+
+def _size(buffer: Buffer | None) -> int:
+    return 0 if buffer is None else buffer.size
+
+
+def _rounded(size: int) -> int:
+    return -(-size // _RING_ALIGNMENT) * _RING_ALIGNMENT
+
+
+def _copy_on_cpu(targets: Addresses, sources: Addresses, size: int) -> None:
+    for target, source in zip(targets.tolist(), sources.tolist(), strict=True):
+        ctypes.memmove(target, source, size)
