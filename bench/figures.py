@@ -67,6 +67,23 @@ TARGETS: Mapping[str, Target] = {
     "start_ms_1m_blocks": at_most(500),
     "visible_s_1m_blocks": at_most(5),
     "index_bytes_per_block": at_most(250),
+    "gpu_load_llama_ratio": at_least(0.95),
+    "gpu_store_llama_ratio": at_least(0.95),
+    "gpu_load_mla_ratio": at_least(0.85),
+    "gpu_store_mla_ratio": at_least(0.85),
+    "gpu_duplex_ratio": at_least(0.9),
+    "gpu_gather_ratio": at_least(0.85),
+    "gpu_scatter_ratio": at_least(0.85),
+    "gpu_checksum_staged_load_slowdown": at_most(0.03),
+    "gpu_checksum_staged_store_slowdown": at_most(0.03),
+    "gpu_checksum_mapped_load_slowdown": at_most(0.03),
+    "gpu_checksum_mapped_store_slowdown": at_most(0.03),
+    "gpu_matmul_dma_load_slowdown": at_most(0.03),
+    "gpu_matmul_dma_store_slowdown": at_most(0.03),
+    "gpu_matmul_staged_load_slowdown": at_most(0.08),
+    "gpu_matmul_staged_store_slowdown": at_most(0.08),
+    "gpu_matmul_mapped_load_slowdown": at_most(0.08),
+    "gpu_matmul_mapped_store_slowdown": at_most(0.08),
 }
 """Figures that pass or fail a run; all others are reported only."""
 

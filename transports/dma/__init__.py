@@ -5,9 +5,11 @@ the source and before whoever reads the destination. `PinnedRegions` makes the h
 """
 
 from forebay.transports.dma.device import Device, Direction
-from forebay.transports.dma.engine import DmaEngine, DmaOptions, Strategy, Transfer
+from forebay.transports.dma.engine import DmaEngine, DmaOptions, Transfer
 from forebay.transports.dma.errors import DmaError, DmaTimeout
 from forebay.transports.dma.pinned import PinnedRegions
+from forebay.transports.dma.strategy import Strategy
+from forebay.transports.dma.tuning import Tuning
 
 __all__ = [
     "Device",
@@ -19,4 +21,5 @@ __all__ = [
     "PinnedRegions",
     "Strategy",
     "Transfer",
+    "Tuning",
 ]

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from forebay.kernels.cuda import CudaKernels
-from forebay.transports.dma.device import Addresses, Buffer, Direction
+from forebay.transports.dma.device import Addresses, Buffer, Direction, Kernels
 from forebay.transports.dma.errors import DmaError
 from forebay.transports.paths import cache_directory
 
@@ -23,7 +23,11 @@ _log = logging.getLogger("forebay.dma")
 
 
 class CudaDevice:
-    """See `forebay.transports.dma.device.Device`."""
+    """See `forebay.transports.dma.device.Device`.
+
+    Attributes:
+        name: as the driver calls it. key: what tuning is kept under: name and driver version.
+    """
 
     def __init__(self, index: int, cache: Path | None = None) -> None:
         """Raises DmaError where cupy, the driver or the device is missing or refuses."""
@@ -34,11 +38,12 @@ class CudaDevice:
             self._runtime = cupy.cuda.runtime
             self._index = index
             self.use()
-            self.kernels = CudaKernels(cache or cache_directory())
+            self.kernels: Kernels = CudaKernels(cache or cache_directory())
         except Exception as error:
             raise DmaError(f"GPU {index} cannot be used: {type(error).__name__}: {error}") from error
         properties = self._runtime.getDeviceProperties(index)
         self.name: str = properties["name"].decode()
+        self.key = f"{self.name}, driver {self._runtime.driverGetVersion()}"
         self._streams: dict[int, Any] = {}
         self._batch = _BatchedCopy.find()
         self._reads_only = bool(

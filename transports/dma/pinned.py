@@ -69,6 +69,18 @@ class PinnedRegions:
                 self._thread.start()
             self._changed.notify_all()
 
+    def know(self, address: int, size: int) -> None:
+        """Memory that the driver gave out pinned, at the same address for the device; the caller keeps it alive."""
+        with self._changed:
+            self._regions[address] = (_Region(address, size, True, None), 0)
+            self._reindex()
+
+    def forget(self, address: int) -> None:
+        """Take back `know`."""
+        with self._changed:
+            del self._regions[address]
+            self._reindex()
+
     def remove(self, address: int) -> None:
         """Unpin a region and let go of its owner. The caller knows that no transfer uses it any more."""
         with self._changed:

@@ -1,0 +1,416 @@
+"""`python -P -m forebay.bench.gpu`: what the DMA engine reaches on a GPU, each figure beside a bound of the same run.
+
+Needs a GPU, cupy, and torch for the matmul; no daemon, and none of its packages. Every figure is the median of turns in
+which bound and measurement follow each other. The bytes are compared at the end of each series: a fast wrong copy has
+no figure. Writes ``gpu-<device>-<date>.md`` and ``.json`` into the directory given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import mmap
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from forebay.bench.figures import GIB, KIB, MIB, Figure, number, passed
+from forebay.kernels.layout import Layout, Table
+from forebay.transports.dma import Direction, DmaEngine, DmaOptions, Strategy, Transfer, Tuning, tuning
+from forebay.transports.dma.cuda_device import CudaDevice
+from forebay.transports.paths import cache_directory
+
+TURNS = 7
+TIMEOUT_S = 30.0
+MATMUL_SIZE = 8192
+MATMULS = 150
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Blocks of one model: `segments` of `segment_bytes` each, as many as make a GiB."""
+
+    name: str
+    segments: int
+    segment_bytes: int
+
+    @property
+    def block_bytes(self) -> int:
+        return self.segments * self.segment_bytes
+
+    @property
+    def blocks(self) -> int:
+        return GIB // self.block_bytes
+
+
+LLAMA = Shape("llama", 64, 32 * KIB)  # Llama-3-8B: K and V of 32 layers, 16 tokens of 2 KiB
+MLA = Shape("mla", 61, 16 * 1152)  # DeepSeek-V3: 61 layers, 16 tokens of 1 152 B
+
+Action = Callable[[], float]
+"""Does the work once and returns the seconds it took."""
+
+
+class Rig:
+    """A device, an engine with all host slots registered, and paged memory of twice as many blocks as are moved."""
+
+    def __init__(self, shape: Shape, host: mmap.mmap, options: DmaOptions) -> None:
+        import cupy
+
+        self.shape, self.cupy = shape, cupy
+        self.device = CudaDevice(0)
+        self.engine = DmaEngine(self.device, options)
+        slots = np.frombuffer(host, np.uint8, GIB)
+        self.address = int(slots.ctypes.data)
+        self.slots = slots[: shape.blocks * shape.block_bytes].reshape(shape.blocks, shape.block_bytes)
+        self.engine.pinned.add(self.address, GIB, writable=True, owner=slots)
+        if not self.engine.pinned.wait(60) or self.engine.pinned.status().refused:
+            raise RuntimeError(f"the slots cannot be pinned: {self.engine.pinned.status()}")
+        pool = 2 * shape.blocks
+        self.paged = [cupy.empty((pool, shape.segment_bytes), cupy.uint8) for _ in range(shape.segments)]
+        bases = np.array([segment.data.ptr for segment in self.paged], np.int64)
+        sizes = np.full(shape.segments, shape.segment_bytes, np.int64)
+        self.layout = Layout.of(bases, sizes, sizes)
+        random = np.random.default_rng(5)
+        self.ids = random.permutation(pool)[: shape.blocks].astype(np.int64)
+        self.places = self.address + random.permutation(shape.blocks).astype(np.int64) * shape.block_bytes
+        self.flat = cupy.empty(self.bytes, cupy.uint8)
+        self.stream = cupy.cuda.Stream(non_blocking=True)
+        self.other = cupy.cuda.Stream(non_blocking=True)
+        self.cpu_s: dict[tuple[Direction, Strategy], list[float]] = {}
+
+    @property
+    def bytes(self) -> int:
+        return self.shape.blocks * self.shape.block_bytes
+
+    def begin(self, direction: Direction, strategy: Strategy, *, checksums: bool = False) -> Transfer:
+        move = self.engine.load if direction is Direction.LOAD else self.engine.store
+        return move(self.layout, self.ids, self.places, strategy=strategy, checksums=checksums)
+
+    def moving(self, direction: Direction, strategy: Strategy, *, checksums: bool = False) -> Action:
+        def action() -> float:
+            began, cpu = time.perf_counter(), time.thread_time()
+            self.begin(direction, strategy, checksums=checksums).wait(TIMEOUT_S)
+            self.cpu_s.setdefault((direction, strategy), []).append(time.thread_time() - cpu)
+            return time.perf_counter() - began
+
+        return action
+
+    def plain(self, direction: Direction, stream: Any = None) -> Action:
+        """One pinned cudaMemcpyAsync of the same bytes."""
+        runtime, on = self.cupy.cuda.runtime, stream or self.stream
+        load = direction is Direction.LOAD
+        sides = (self.flat.data.ptr, self.address) if load else (self.address, self.flat.data.ptr)
+        kind = runtime.memcpyHostToDevice if load else runtime.memcpyDeviceToHost
+
+        def action() -> float:
+            began = time.perf_counter()
+            runtime.memcpyAsync(*sides, self.bytes, kind, on.ptr)
+            on.synchronize()
+            return time.perf_counter() - began
+
+        return action
+
+    def check(self, direction: Direction, strategy: Strategy) -> None:
+        """Fill the source anew, poison the destination, move, and compare every byte."""
+        cupy, shape = self.cupy, self.shape
+        random = np.random.default_rng(time.monotonic_ns())
+        order = [(int(place) - self.address) // shape.block_bytes for place in self.places]
+        if direction is Direction.LOAD:
+            noise = np.frombuffer(random.bytes(shape.block_bytes + shape.blocks), np.uint8)
+            for index, slot in enumerate(self.slots):
+                slot[:] = noise[index : index + shape.block_bytes]
+            for segment in self.paged:
+                segment.fill(0xA5)
+        else:
+            pages = np.frombuffer(random.bytes(self.paged[0].nbytes), np.uint8).reshape(self.paged[0].shape)
+            for index, segment in enumerate(self.paged):
+                segment.set(np.roll(pages, index, axis=0))
+            self.slots[:] = 0xA5
+        cupy.cuda.Device().synchronize()
+        self.begin(direction, strategy).wait(TIMEOUT_S)
+        for index, segment in enumerate(self.paged):
+            offset = index * self.shape.segment_bytes
+            there = cupy.asnumpy(segment)[self.ids]
+            here = self.slots[order, offset : offset + self.shape.segment_bytes]
+            if not np.array_equal(there, here):
+                raise RuntimeError(f"wrong bytes: {direction.value} by {strategy.value}, segment {index}")
+
+
+@contextmanager
+def rig(shape: Shape, host: mmap.mmap, options: DmaOptions | None = None) -> Iterator[Rig]:
+    """A rig whose GPU memory is given back at the end."""
+    made = Rig(shape, host, options or DmaOptions())
+    try:
+        yield made
+    finally:
+        made.engine.close(TIMEOUT_S)
+        made.paged.clear()
+        del made.flat
+        made.cupy.get_default_memory_pool().free_all_blocks()
+
+
+def in_turns(*actions: Action, turns: int = TURNS) -> list[list[float]]:
+    """Seconds of each action, turn by turn; one turn is a rehearsal and does not count."""
+    rounds = [[action() for action in actions] for _ in range(turns + 1)]
+    return [list(column) for column in zip(*rounds[1:], strict=True)]
+
+
+def turn_ratio(bound: Sequence[float], measured: Sequence[float]) -> float:
+    """The median over turns of the rate measured as a share of the bound's."""
+    return median(b / m for b, m in zip(bound, measured, strict=True))
+
+
+def gb_per_s(moved: int, seconds: Sequence[float]) -> float:
+    return moved / median(seconds) / 1e9
+
+
+def links(made: Rig) -> Iterator[Figure]:
+    """Each direction alone: every strategy beside one plain copy."""
+    for direction in Direction:
+        strategies = list(Strategy)
+        for strategy in strategies:
+            made.check(direction, strategy)
+        made.cpu_s.clear()
+        bound, *series = in_turns(made.plain(direction), *(made.moving(direction, s) for s in strategies))
+        ratios = {s: turn_ratio(bound, seconds) for s, seconds in zip(strategies, series, strict=True)}
+        best = max(ratios, key=ratios.__getitem__)
+        rates = ", ".join(
+            f"{s.value} {gb_per_s(made.bytes, seconds):.1f} GB/s ({ratios[s]:.3f})"
+            for s, seconds in zip(strategies, series, strict=True)
+        )
+        name = f"gpu_{direction.value}_{made.shape.name}"
+        limit = gb_per_s(made.bytes, bound)
+        note = f"{best.value}; {rates}; plain copy {limit:.1f} GB/s"
+        yield Figure(f"{name}_ratio", ratios[best], "x plain copy", limit, ratios[best], note=note)
+        cpu = {s: median(made.cpu_s[direction, s]) * GIB / made.bytes for s in strategies}
+        note = "of the moving thread, polling included; " + ", ".join(f"{s.value} {cpu[s]:.4f}" for s in strategies)
+        yield Figure(f"{name}_cpu_s_per_gib", cpu[best], "s/GiB", note=note)
+
+
+def duplex(made: Rig) -> Iterator[Figure]:
+    """Both directions at once, beside both plain copies at once."""
+
+    def both(*actions: Action) -> Action:
+        def action() -> float:
+            threads = [threading.Thread(target=work) for work in actions]
+            began = time.perf_counter()
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join(TIMEOUT_S)
+            return time.perf_counter() - began
+
+        return action
+
+    bound_action = both(made.plain(Direction.LOAD, made.stream), made.plain(Direction.STORE, made.other))
+    pairs = [Strategy.DMA, Strategy.STAGED, Strategy.MAPPED]
+    moving = [both(*(made.moving(direction, strategy) for direction in Direction)) for strategy in pairs]
+    bound, *series = in_turns(bound_action, *moving)
+    ratios = {s: turn_ratio(bound, seconds) for s, seconds in zip(pairs, series, strict=True)}
+    best = max(ratios, key=ratios.__getitem__)
+    limit = gb_per_s(2 * made.bytes, bound)
+    rates = ", ".join(f"{s.value} {ratios[s]:.3f}" for s in pairs)
+    yield Figure("gpu_duplex_ratio", ratios[best], "x plain copies", limit, ratios[best], note=f"{best.value}; {rates}")
+
+
+def kernels(made: Rig) -> Iterator[Figure]:
+    """The kernels alone, device memory on both sides, all multiprocessors, beside a device-to-device copy."""
+    cupy, runtime = made.cupy, made.cupy.cuda.runtime
+    count = made.shape.blocks
+    second = cupy.empty(made.bytes, cupy.uint8)
+    slots = made.flat.data.ptr + np.arange(count, dtype=np.uint64) * np.uint64(made.shape.block_bytes)
+    ids_there, slots_there = cupy.asarray(made.ids.astype(np.uint64)), cupy.asarray(slots)
+    packed = cupy.asarray(made.layout.packed())
+    entry = Table(packed.data.ptr, made.layout)
+
+    def timed(start: Callable[[], None]) -> Action:
+        def action() -> float:
+            begin, end = cupy.cuda.Event(), cupy.cuda.Event()
+            begin.record(made.stream)
+            start()
+            end.record(made.stream)
+            end.synchronize()
+            return float(cupy.cuda.get_elapsed_time(begin, end)) / 1e3
+
+        return action
+
+    def copy() -> None:
+        kind = runtime.memcpyDeviceToDevice
+        runtime.memcpyAsync(second.data.ptr, made.flat.data.ptr, made.bytes, kind, made.stream.ptr)
+
+    def kernel(move: Callable[..., None]) -> Callable[[], None]:
+        where = (entry, ids_there.data.ptr, slots_there.data.ptr, count)
+        return lambda: move(*where, width=16, stream=made.stream.ptr)
+
+    both = (made.device.kernels.gather, made.device.kernels.scatter)
+    cupy.cuda.Device().synchronize()
+    bound, *series = in_turns(timed(copy), *(timed(kernel(move)) for move in both))
+    limit = gb_per_s(made.bytes, bound)
+    for name, seconds in zip(("gather", "scatter"), series, strict=True):
+        ratio = turn_ratio(bound, seconds)
+        note = f"{gb_per_s(made.bytes, seconds):.0f} GB/s copied, device-to-device copy {limit:.0f}"
+        yield Figure(f"gpu_{name}_ratio", ratio, "x device copy", limit, ratio, note=note)
+
+
+def checksums(made: Rig) -> Iterator[Figure]:
+    """What the checksum in the copy costs."""
+    for strategy in (Strategy.STAGED, Strategy.MAPPED, Strategy.DMA):
+        for direction in Direction:
+            plain, summed = in_turns(made.moving(direction, strategy), made.moving(direction, strategy, checksums=True))
+            slower = median(s / p for s, p in zip(summed, plain, strict=True)) - 1
+            note = f"{gb_per_s(made.bytes, summed):.1f} GB/s with, {gb_per_s(made.bytes, plain):.1f} without"
+            yield Figure(f"gpu_checksum_{strategy.value}_{direction.value}_slowdown", slower, "share", note=note)
+
+
+def beside(made: Rig) -> Iterator[Figure]:
+    """A matmul loop beside a continuous load or store, by strategy."""
+    import torch
+
+    sides = [torch.randn((MATMUL_SIZE, MATMUL_SIZE), dtype=torch.bfloat16, device="cuda") for _ in range(2)]
+    out = torch.empty_like(sides[0])
+
+    def matmuls() -> float:
+        event: Any = torch.cuda.Event
+        begin, end = (event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(MATMULS):
+            torch.matmul(*sides, out=out)
+        end.record()
+        end.synchronize()
+        return float(begin.elapsed_time(end)) / 1e3
+
+    def beside_moving(direction: Direction, strategy: Strategy) -> Action:
+        def action() -> float:
+            stop, moved = threading.Event(), [0]
+
+            def work() -> None:
+                while not stop.is_set():
+                    made.begin(direction, strategy).wait(TIMEOUT_S)
+                    moved[0] += made.bytes
+
+            thread = threading.Thread(target=work)
+            thread.start()
+            time_before = time.perf_counter()
+            seconds = matmuls()
+            rates.setdefault((direction, strategy), []).append(moved[0] / (time.perf_counter() - time_before) / 1e9)
+            stop.set()
+            thread.join(TIMEOUT_S)
+            return seconds
+
+        return action
+
+    rates: dict[tuple[Direction, Strategy], list[float]] = {}
+    cases = [(direction, strategy) for direction in Direction for strategy in Strategy]
+    alone, *series = in_turns(matmuls, *(beside_moving(*case) for case in cases), turns=5)
+    for (direction, strategy), seconds in zip(cases, series, strict=True):
+        slower = median(s / a for s, a in zip(seconds, alone, strict=True)) - 1
+        note = f"meanwhile about {median(rates[direction, strategy]):.0f} GB/s moved"
+        yield Figure(f"gpu_matmul_{strategy.value}_{direction.value}_slowdown", slower, "share", note=note)
+
+
+def registration(made: Rig) -> Iterator[Figure]:
+    status = made.engine.pinned.status()
+    rate = status.pinned / status.seconds / 1e9
+    yield Figure("gpu_register_gb_per_s", rate, "GB/s", note="cudaHostRegister of resident memfd pages, one thread")
+
+
+def tuned(made: Rig) -> Tuning:
+    return tuning.measure(made.engine, made.device, made.device.key)
+
+
+def _today() -> str:
+    return datetime.datetime.now(datetime.UTC).date().isoformat()
+
+
+def host_memory() -> mmap.mmap:
+    """A GiB of shared memory, resident, as a daemon's slabs are."""
+    descriptor = os.memfd_create("forebay-bench")
+    os.ftruncate(descriptor, GIB)
+    memory = mmap.mmap(descriptor, GIB, mmap.MAP_SHARED | mmap.MAP_POPULATE)
+    os.close(descriptor)
+    np.frombuffer(memory, np.uint8)[:: 4 * KIB] = 1
+    return memory
+
+
+def report(directory: Path, device: str, figures: Sequence[Figure], rows: Tuning, seconds: float) -> Path:
+    """Write both files; returns the readable one."""
+    stem = f"gpu-{''.join(c if c.isalnum() else '-' for c in device.lower())}-{_today()}"
+    directory.mkdir(parents=True, exist_ok=True)
+    document = {
+        "device": device,
+        "date": _today(),
+        "command": "python -P -m forebay.bench.gpu",
+        "figures": {figure.name: figure.document() for figure in figures},
+        "tuning": rows.document(),
+    }
+    (directory / f"{stem}.json").write_text(json.dumps(document, indent=1) + "\n", "utf-8")
+    lines = [f"# The DMA engine on a {device}", ""]
+    lines += [f"`python -P -m forebay.bench.gpu`, {document['date']}, {rows.device}; it took {seconds:.0f} s.", ""]
+    lines += ["| figure | value | unit | bound | target | ok | note |", "|---|---|---|---|---|---|---|"]
+    for figure in figures:
+        verdict = {None: "", True: "ok", False: "FAILS"}[figure.ok]
+        cells = (
+            f"`{figure.name}`",
+            number(figure.value),
+            figure.unit,
+            number(figure.bound),
+            figure.target or "",
+            verdict,
+        )
+        lines.append(f"| {' | '.join(map(str, cells))} | {figure.note} |")
+    lines += ["", "Strategies tried on scattered blocks of 32 segments, GB/s, and which is chosen:", ""]
+    lines += ["| direction | segment | moved | dma | staged | mapped | chosen |", "|---|---|---|---|---|---|---|"]
+    for row in rows.rows:
+        rates = " | ".join(f"{row.rates[strategy.value] / 1e9:.1f}" for strategy in Strategy)
+        sizes = f"{row.segment_bytes // KIB} KiB | {row.moved_bytes // MIB} MiB"
+        lines.append(f"| {row.direction.value} | {sizes} | {rates} | {row.best.value} |")
+    path = directory / f"{stem}.md"
+    path.write_text("\n".join(lines) + "\n", "utf-8")
+    return path
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="forebay.bench.gpu", description=__doc__)
+    parser.add_argument("--output", type=Path, default=Path("bench/results"), help="where the results go")
+    options = parser.parse_args(arguments)
+    began = time.monotonic()
+    memory = host_memory()
+    figures: list[Figure] = []
+    with rig(LLAMA, memory) as made:
+        device = made.device.name
+        rows = tuned(made)
+        for section in (registration, links, duplex, kernels, checksums, beside):
+            figures += _measured(section, made)
+    with rig(MLA, memory) as made:
+        figures += _measured(links, made)
+    path = report(options.output, device, figures, rows, time.monotonic() - began)
+    tuning.save(rows, cache_directory())
+    print(path.read_text("utf-8"))
+    return 0 if passed(figures) else 1
+
+
+def _measured(section: Callable[[Rig], Iterator[Figure]], made: Rig) -> list[Figure]:
+    """A section's figures; one that fails says why and leaves the others."""
+    figures = []
+    try:
+        for figure in section(made):
+            print(f"{figure.name} {figure.value:.4g} {figure.note}", flush=True)
+            figures.append(figure)
+    except Exception as error:  # noqa: BLE001  # the other sections' figures are still wanted
+        print(f"{section.__name__} failed: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        figures.append(Figure(f"gpu_{section.__name__}", None, "", note=f"{type(error).__name__}: {error}"))
+    return figures
+
+
+if __name__ == "__main__":
+    sys.exit(main())
