@@ -16,7 +16,7 @@ from forebay.kernels.nvrtc import cached_kernels
 
 _THREADS = 256
 _WARPS = _THREADS // 32
-_TILE_BYTES = 4096
+_TILE_BYTES = {16: 4096, 4: 1024, 1: 1024}  # what a warp copies at a time, by width
 _CTAS_PER_SM = 4
 _FINISH_THREADS = 32
 _FINISH_BLOCKS = _FINISH_THREADS // 8
@@ -100,6 +100,8 @@ class CudaKernels:
         The last 64 bytes of each block are read from the paged memory, which must hold it by then. Blocks have at
         least `CHECKSUM_BLOCK_BYTES_MIN` bytes.
         """
+        if not blocks:
+            return
         grid = -(-blocks // _FINISH_BLOCKS)
         arguments = (*_layout(table), np.uint64(block_ids), np.uint32(blocks), np.uint64(sums), np.uint64(checksums))
         self._start("finish_xxh3", grid, _FINISH_THREADS, arguments, stream)
@@ -116,9 +118,11 @@ class CudaKernels:
         stream: int,
         multiprocessors: int,
     ) -> None:
-        tiles = -(-table.layout.block_bytes // _TILE_BYTES) * blocks
+        if not blocks:
+            return
+        tiles = -(-table.layout.block_bytes // _TILE_BYTES[width]) * blocks
         most = min(multiprocessors or self.multiprocessors, self.multiprocessors) * _CTAS_PER_SM
-        grid = max(1, min(most, -(-tiles // _WARPS)))
+        grid = min(most, -(-tiles // _WARPS))
         places = (np.uint64(block_ids), np.uint64(slots), np.uint32(blocks), np.uint64(sums))
         suffix = "_xxh3" if sums else ""
         self._start(f"{name}_{width}{suffix}", grid, _THREADS, (*_layout(table), *places), stream)

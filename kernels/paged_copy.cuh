@@ -72,7 +72,7 @@ struct Cursor {
   }
 };
 
-struct Piece {
+struct alignas(PIECE_BYTES) Piece {
   u64 low, high;
 };
 
@@ -96,8 +96,7 @@ __device__ inline Piece load_16(u64 address) {
                : "l"(address));
   return piece;
 #else
-  const u64* words = reinterpret_cast<const u64*>(address);
-  return {words[0], words[1]};
+  return *reinterpret_cast<const Piece*>(address);
 #endif
 }
 
@@ -105,8 +104,7 @@ __device__ inline void store_16(u64 address, Piece piece) {
 #ifdef __CUDA_ARCH__
   asm volatile("st.global.cs.v2.u64 [%0], {%1, %2};" ::"l"(address), "l"(piece.low), "l"(piece.high) : "memory");
 #else
-  u64* words = reinterpret_cast<u64*>(address);
-  words[0] = piece.low, words[1] = piece.high;
+  *reinterpret_cast<Piece*>(address) = piece;
 #endif
 }
 
