@@ -6,10 +6,9 @@ alive: tables, ids, slots, sums and both sides must stay until an event recorded
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from forebay.kernels.layout import Table
 from forebay.kernels.nvrtc import cached_kernels
@@ -20,6 +19,8 @@ _TILE_BYTES = {16: 4096, 4: 1024, 1: 1024}  # what a warp copies at a time, by w
 _CTAS_PER_SM = 4
 _FINISH_THREADS = 32
 _FINISH_BLOCKS = _FINISH_THREADS // 8
+
+_u64, _u32 = ctypes.c_uint64, ctypes.c_uint32
 
 
 class CudaKernels:
@@ -34,8 +35,7 @@ class CudaKernels:
         import cupy
 
         device = cupy.cuda.Device()
-        self._streams: dict[int, Any] = {}
-        self._external = cupy.cuda.ExternalStream
+        self._launch = cupy.cuda.driver.launchKernel
         self._module = cupy.cuda.function.Module()
         self._module.load(cached_kernels(device.compute_capability, cache))
         self._functions: dict[str, Any] = {}
@@ -103,7 +103,7 @@ class CudaKernels:
         if not blocks:
             return
         grid = -(-blocks // _FINISH_BLOCKS)
-        arguments = (*_layout(table), np.uint64(block_ids), np.uint32(blocks), np.uint64(sums), np.uint64(checksums))
+        arguments = (*_layout(table), _u64(block_ids), _u32(blocks), _u64(sums), _u64(checksums))
         self._start("finish_xxh3", grid, _FINISH_THREADS, arguments, stream)
 
     def _copy(
@@ -123,7 +123,7 @@ class CudaKernels:
         tiles = -(-table.layout.block_bytes // _TILE_BYTES[width]) * blocks
         most = min(multiprocessors or self.multiprocessors, self.multiprocessors) * _CTAS_PER_SM
         grid = min(most, -(-tiles // _WARPS))
-        places = (np.uint64(block_ids), np.uint64(slots), np.uint32(blocks), np.uint64(sums))
+        places = (_u64(block_ids), _u64(slots), _u32(blocks), _u64(sums))
         suffix = "_xxh3" if sums else ""
         self._start(f"{name}_{width}{suffix}", grid, _THREADS, (*_layout(table), *places), stream)
 
@@ -131,14 +131,13 @@ class CudaKernels:
         function = self._functions.get(name)
         if function is None:
             function = self._functions[name] = self._module.get_function(name)
-        on = self._streams.get(stream)
-        if on is None:
-            on = self._streams[stream] = self._external(stream)
-        function((grid,), (threads,), arguments, stream=on)
+        # The driver copies the arguments before the call returns.
+        pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(argument) for argument in arguments))
+        self._launch(function.ptr, grid, 1, 1, threads, 1, 1, 0, stream, ctypes.addressof(pointers), 0)
 
 
 def _layout(table: Table) -> tuple[Any, ...]:
     layout, row = table.layout, 8 * table.layout.segments
     addresses = (table.address, table.address + row, table.address + 2 * row)
     sizes = (layout.segments, layout.segment_bytes, layout.block_bytes)
-    return (*map(np.uint64, addresses), *map(np.uint32, sizes))
+    return (*map(_u64, addresses), *map(_u32, sizes))
