@@ -11,8 +11,6 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from forebay.kernels.cuda import CudaKernels
 
 HERE = Path(__file__).resolve().parent
@@ -23,8 +21,7 @@ COMPILE_TIMEOUT_S = 100
 # unknown-pragmas: g++ does not know `unroll`. alignment: each access is checked, as a GPU does; cpu_shim.h records it.
 OPTIONS = ("-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fsanitize=alignment")
 
-_POINTER, _U32 = ctypes.c_uint64, ctypes.c_uint32
-_CTYPES = {np.uint64: _POINTER, np.uint32: _U32}
+_U32 = ctypes.c_uint32
 
 
 class ShimFaultError(Exception):
@@ -63,9 +60,8 @@ class ShimKernels(CudaKernels):
             raise ShimFaultError(f"{name}: an empty grid")
         self.started.setdefault(name, set()).add(grid)
         launch = self._library.launch_finish if name == "finish_xxh3" else self._library.launch_copy
-        kinds = [_CTYPES[type(argument)] for argument in arguments]
-        launch.argtypes = [ctypes.c_void_p, ctypes.c_int, _U32, _U32, *kinds]
+        launch.argtypes = [ctypes.c_void_p, ctypes.c_int, _U32, _U32, *map(type, arguments)]
         kernel = ctypes.cast(getattr(self._library, name), ctypes.c_void_p)
-        fault = launch(kernel, name.endswith("_xxh3"), grid, threads, *map(int, arguments))
+        fault = launch(kernel, name.endswith("_xxh3"), grid, threads, *arguments)
         if fault:
             raise ShimFaultError(f"{name}: {FAULTS[fault]}")
