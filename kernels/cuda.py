@@ -61,7 +61,7 @@ class CudaKernels:
             width: bytes of one access, of `WIDTHS`: divides the layout's alignment and every slot's address.
             sums: where the checksums' sums go, uint64 (blocks, sums_of(block_bytes), 8); 0: none are made.
             stream: handle of a CUDA stream.
-            multiprocessors: how many to use at most; 0: all.
+            multiprocessors: how many to use at most, one CTA each; 0: all, and all of each.
         """
         self._copy("gather", table, block_ids, slots, blocks, width, sums, stream, multiprocessors)
 
@@ -121,7 +121,7 @@ class CudaKernels:
         if not blocks:
             return
         tiles = -(-table.layout.block_bytes // _TILE_BYTES[width]) * blocks
-        most = min(multiprocessors or self.multiprocessors, self.multiprocessors) * _CTAS_PER_SM
+        most = min(multiprocessors, self.multiprocessors) or self.multiprocessors * _CTAS_PER_SM
         grid = min(most, -(-tiles // _WARPS))
         places = (_u64(block_ids), _u64(slots), _u32(blocks), _u64(sums))
         suffix = "_xxh3" if sums else ""

@@ -91,7 +91,7 @@ struct Word<1> {
 __device__ inline Piece load_16(u64 address) {
 #ifdef __CUDA_ARCH__
   Piece piece;
-  asm volatile("ld.global.L1::no_allocate.v2.u64 {%0, %1}, [%2];"
+  asm volatile("ld.global.nc.L1::no_allocate.v2.u64 {%0, %1}, [%2];"
                : "=l"(piece.low), "=l"(piece.high)
                : "l"(address));
   return piece;
@@ -149,6 +149,44 @@ __device__ inline void store_piece(Piece piece, u32 count, Place place) {
   }
 }
 
+// A lane's part of a tile that crosses segments, ends with the block, or has narrow accesses.
+template <int DIRECTION, int WIDTH, int STEPS>
+__device__ inline void copy_tile(const Layout& layout, u64 block_id, u64 slot, u32 start, Piece* pieces) {
+  u32 counts[STEPS];
+#pragma unroll
+  for (u32 step = 0; step < STEPS; ++step) {
+    const u32 position = start + step * STEP_BYTES;
+    const u32 left = position < layout.block_bytes ? layout.block_bytes - position : 0;
+    counts[step] = left < PIECE_BYTES ? left : PIECE_BYTES;
+    pieces[step] = {0, 0};
+  }
+  if (!counts[0]) return;
+  Cursor from(layout, block_id, start);
+#pragma unroll
+  for (u32 step = 0; step < STEPS; ++step) {
+    const u32 position = start + step * STEP_BYTES;
+    if (!counts[step]) continue;
+    if constexpr (DIRECTION == SCATTER) {
+      pieces[step] = load_piece<WIDTH>(counts[step], [&](u32 i) { return slot + position + i; });
+    } else {
+      pieces[step] = load_piece<WIDTH>(counts[step], [&](u32 i) { return from.at(position + i); });
+    }
+  }
+  if constexpr (DIRECTION != READ) {
+    Cursor to(layout, block_id, start);
+#pragma unroll
+    for (u32 step = 0; step < STEPS; ++step) {
+      const u32 position = start + step * STEP_BYTES;
+      if (!counts[step]) continue;
+      if constexpr (DIRECTION == SCATTER) {
+        store_piece<WIDTH>(pieces[step], counts[step], [&](u32 i) { return to.at(position + i); });
+      } else {
+        store_piece<WIDTH>(pieces[step], counts[step], [&](u32 i) { return slot + position + i; });
+      }
+    }
+  }
+}
+
 // Whole warps work. block_ids: (blocks). slots: (blocks), the address of each block's slot. sums, where SUMS:
 // (blocks, sums_of(block_bytes), 8).
 template <int DIRECTION, int WIDTH, bool SUMS>
@@ -171,44 +209,22 @@ __device__ inline void copy_paged(const Layout& layout, const u64* block_ids, co
   const u32 first_item = blockIdx.x * (blockDim.x / LANES) + threadIdx.x / LANES;
   for (u64 item = first_item; item < (u64)blocks * tiles; item += warps) {
     const u32 block = (u32)(item / tiles), tile = (u32)item - block * tiles;
-    const u32 start = tile * TILE_BYTES + lane * PIECE_BYTES;
+    const u32 begin = tile * TILE_BYTES, start = begin + lane * PIECE_BYTES;
     const u64 slot = DIRECTION == READ ? 0 : slots[block];
     Piece pieces[STEPS];
-    u32 counts[STEPS];
+    Cursor whole(layout, block_ids[block], begin);  // the same in all lanes
+    if (WIDTH == PIECE_BYTES && whole.end - begin >= TILE_BYTES) {
+      const u64 paged = whole.at(begin) + lane * PIECE_BYTES;
+      const u64 source = DIRECTION == SCATTER ? slot + start : paged;
 #pragma unroll
-    for (u32 step = 0; step < STEPS; ++step) {
-      const u32 position = start + step * STEP_BYTES;
-      const u32 left = position < layout.block_bytes ? layout.block_bytes - position : 0;
-      counts[step] = left < PIECE_BYTES ? left : PIECE_BYTES;
-    }
-    if (counts[0]) {
-      Cursor cursor(layout, block_ids[block], start);
+      for (u32 step = 0; step < STEPS; ++step) pieces[step] = load_16(source + step * STEP_BYTES);
+      if constexpr (DIRECTION != READ) {
+        const u64 target = DIRECTION == SCATTER ? paged : slot + start;
 #pragma unroll
-      for (u32 step = 0; step < STEPS; ++step) {
-        pieces[step] = {0, 0};
-        const u32 position = start + step * STEP_BYTES;
-        if (!counts[step]) continue;
-        if constexpr (DIRECTION == SCATTER) {
-          pieces[step] = load_piece<WIDTH>(counts[step], [&](u32 i) { return slot + position + i; });
-        } else {
-          pieces[step] = load_piece<WIDTH>(counts[step], [&](u32 i) { return cursor.at(position + i); });
-        }
+        for (u32 step = 0; step < STEPS; ++step) store_16(target + step * STEP_BYTES, pieces[step]);
       }
-    }
-    if constexpr (DIRECTION != READ) {
-      if (counts[0]) {
-        Cursor cursor(layout, block_ids[block], start);
-#pragma unroll
-        for (u32 step = 0; step < STEPS; ++step) {
-          const u32 position = start + step * STEP_BYTES;
-          if (!counts[step]) continue;
-          if constexpr (DIRECTION == SCATTER) {
-            store_piece<WIDTH>(pieces[step], counts[step], [&](u32 i) { return cursor.at(position + i); });
-          } else {
-            store_piece<WIDTH>(pieces[step], counts[step], [&](u32 i) { return slot + position + i; });
-          }
-        }
-      }
+    } else {
+      copy_tile<DIRECTION, WIDTH, STEPS>(layout, block_ids[block], slot, start, pieces);
     }
     if constexpr (SUMS) {
       const u32 stripes = summed_stripes(layout.block_bytes), rows = sums_of(layout.block_bytes);

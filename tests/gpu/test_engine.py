@@ -15,7 +15,7 @@ from forebay.transports.dma.cuda_device import CudaDevice
 cupy = pytest.importorskip("cupy", reason="no cupy")
 
 POISON = 0xA5
-OPTIONS = DmaOptions(chunk_bytes=1 << 20, ring_chunks=3, inflight_bytes=4 << 20)
+OPTIONS = DmaOptions(chunk_bytes=1 << 20, stages=3, inflight_bytes=4 << 20)
 SPIN_CYCLES = 50_000_000  # about 30 ms
 
 LATE = r"""
@@ -102,8 +102,9 @@ def test_a_store_waits_for_a_late_producer(device: CudaDevice, strategy: Strateg
     fresh = r.random.integers(0, 256, len(r.host), np.uint8)
     there, late = cupy.asarray(fresh), cupy.RawKernel(LATE, "late_fill")
     stream = cupy.cuda.Stream(non_blocking=True)
-    late((1,), (1024,), (r.paged, there, np.uint64(len(fresh)), np.int64(SPIN_CYCLES)), stream=stream)
     ids = np.arange(r.blocks, dtype=np.int64)
+    r.engine.store(r.layout, ids, r.addresses(ids), strategy=strategy).wait(10)  # memory is allocated, which may wait
+    late((1,), (1024,), (r.paged, there, np.uint64(len(fresh)), np.int64(SPIN_CYCLES)), stream=stream)
     transfer = r.engine.store(r.layout, ids, r.addresses(ids), strategy=strategy, after=stream.ptr)
     assert not transfer.done(), "the producer was not late, so this shows nothing"
     transfer.wait(10)

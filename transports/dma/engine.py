@@ -1,7 +1,8 @@
 """The engine that moves blocks: three strategies, two directions, streams of its own, nothing waited for.
 
-A transfer is cut into chunks. Each is enqueued on the direction's streams and ordered by events, so the copy engine
-runs ahead while the kernel works on the chunk before:
+A transfer is cut into chunks, and a direction has a few stages, each with a stream and a piece of device memory of
+its own. A chunk runs through one stage, in the order of its stream; the stages take the chunks in turn, so copy
+engines work on one while a kernel works on another:
 
 - DMA: the copy engine moves each segment, neighbours merged. Costs the GPU's multiprocessors nothing.
 - STAGED: the copy engine moves whole slots through a ring in device memory, a kernel scatters or gathers there.
@@ -32,6 +33,9 @@ from forebay.transports.dma.pinned import PinnedRegions
 from forebay.transports.dma.strategy import Strategy
 from forebay.transports.dma.tuning import Tuning
 
+_EAGER_S = 200e-6
+"""Most small transfers end within this time, and a timer would wake up later than they do."""
+
 _POLL_S = 50e-6
 _SUM_ROW_BYTES = 64
 _RING_ALIGNMENT = 16
@@ -40,6 +44,9 @@ DMA_SEGMENT_BYTES_MIN = 128 << 10
 MAPPED_BYTES_MAX = 1 << 20
 """Where nothing was measured: segments from this size on are worth a descriptor each; so few bytes, one kernel."""
 
+MAPPED_STAGES = 2
+"""A second kernel fills the gap behind the first; more would only take multiprocessors."""
+
 
 @dataclass(frozen=True, slots=True)
 class DmaOptions:
@@ -47,14 +54,14 @@ class DmaOptions:
 
     Attributes:
         chunk_bytes: moved by one step of the pipeline; at least one block.
-        ring_chunks: chunks of device memory a direction for STAGED.
+        stages: chunks under way at once, a direction.
         inflight_bytes: enqueued and not yet moved, a direction; more waits.
-        multiprocessors: that a kernel may use; the rest stays the inference engine's. 0: all.
+        multiprocessors: that the kernels may use, a direction; the rest stays the inference engine's. 0: all.
         timeout_s: how long a transfer may wait for those before it.
     """
 
     chunk_bytes: int = 16 << 20
-    ring_chunks: int = 4
+    stages: int = 4
     inflight_bytes: int = 256 << 20
     multiprocessors: int = 16
     timeout_s: float = 30.0
@@ -94,10 +101,15 @@ _never = threading.Event()
 
 def wait_until(device: Device, event: Any, deadline: float) -> None:
     """Poll an event: no callback of the driver's ever takes the GIL, no thread is stuck in the driver."""
+    began = time.monotonic()
     while not device.passed(event):
-        if time.monotonic() > deadline:
+        now = time.monotonic()
+        if now > deadline:
             raise DmaTimeout("the GPU has not ended a transfer in time")
-        _never.wait(_POLL_S)
+        if now - began < _EAGER_S:
+            time.sleep(0)  # noqa: TID251  # lets other threads have the GIL; the deadline is above
+        else:
+            _never.wait(_POLL_S)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -125,22 +137,26 @@ class _Job:
 
 @dataclass(slots=True)
 class _Stage:
-    """A chunk's place: device memory for slots and sums, and what they last served.
+    """What a chunk runs through: a stream, device memory for its slots and its sums.
 
     Attributes:
-        copied: behind the last copy from or into `slots`. moved: behind the last kernel. summed: `sums` were used.
+        ended: behind the last chunk.
     """
 
-    copied: Any
-    moved: Any
-    summed: Any
+    stream: int
+    ended: Any
     slots: Buffer | None = None
     sums: Buffer | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class _Run:
-    """One chunk of a job: blocks `first` to `last - 1`, and device addresses of their ids, slots and sums."""
+    """One chunk of a job: blocks `first` to `last - 1`, and device addresses of their ids and slots.
+
+    Attributes:
+        ring: int64 (blocks,), their places in the stage's memory, for STAGED.
+        multiprocessors: that its kernel may use.
+    """
 
     job: _Job
     first: int
@@ -151,6 +167,7 @@ class _Run:
     slots: int
     width: int
     ring: Addresses
+    multiprocessors: int
 
     @property
     def blocks(self) -> int:
@@ -167,12 +184,15 @@ class _Run:
 
 @dataclass(slots=True)
 class _Lane:
-    """One direction: its streams, its stages, what is under way."""
+    """One direction: its stages, what is under way.
+
+    Attributes:
+        opening: the stream that brings what kernels are told. ending: the one behind which transfers end.
+    """
 
     direction: Direction
-    copying: int
-    kernel: int
-    checking: int
+    opening: int
+    ending: int
     stages: list[_Stage]
     lock: threading.Lock = field(default_factory=threading.Lock)
     pending: deque[Transfer] = field(default_factory=deque)
@@ -312,51 +332,76 @@ class DmaEngine:
             return transfer
 
     def _enqueue(self, lane: _Lane, job: _Job) -> Transfer:
-        device, layout, count = self._device, job.layout, len(job)
-        if job.after is not None:
-            begun = self._recorded(job.after)
-            for stream in (lane.copying, lane.kernel):
-                device.wait(stream, begun)
+        layout, count = job.layout, len(job)
         pitch = _rounded(layout.block_bytes)
         per_chunk = max(1, self._options.chunk_bytes // pitch)
         self._grow(lane, job, per_chunk)
-        stages = [lane.stages[index % len(lane.stages)] for index in range(-(-count // per_chunk))]
+        turns = lane.stages[:MAPPED_STAGES] if job.strategy is Strategy.MAPPED else lane.stages
+        stages = [turns[index % len(turns)] for index in range(-(-count // per_chunk))]
         ring, seen = np.zeros(0, np.int64), job.seen
         if job.strategy is Strategy.STAGED:
             places = np.arange(per_chunk, dtype=np.int64) * pitch
             bases = [stage.slots.address for stage in stages if stage.slots is not None]
             ring = seen = np.concatenate([base + places for base in bases])[:count]
-        width = min(layout.alignment, alignment_of(seen))
-        address, kept = self._upload(lane, (job.block_ids, seen, layout.packed()))
-        table = Table(address + 16 * count, layout)
+        address, kept = self._opened(lane, job, stages[: len(turns)], (job.block_ids, seen, layout.packed()))
         hashes, results = self._results(count if job.checksums else 0)
         held = len(lane.holding)
         lane.holding.append((kept, hashes, results))
+        table, width = Table(address + 16 * count, layout), min(layout.alignment, alignment_of(seen))
+        share = self._options.multiprocessors
+        if job.strategy is Strategy.MAPPED:
+            share = -(-share // MAPPED_STAGES)
         window: deque[tuple[Any, int]] = deque()
         for index, stage in enumerate(stages):
             first, last = index * per_chunk, min((index + 1) * per_chunk, count)
             ids = address + 8 * first
-            run = _Run(job, first, last, stage, table, ids, ids + 8 * count, width, ring[first:last])
-            stream = _STEPS[job.strategy](self, lane, run)
+            run = _Run(job, first, last, stage, table, ids, ids + 8 * count, width, ring[first:last], share)
+            _STEPS[job.strategy](self, lane, run)
             if hashes is not None:
-                stream = self._finish(lane, run, hashes.address + 8 * first)
-            window.append((self._recorded(stream), run.blocks * layout.block_bytes))
+                self._finish(run, hashes.address + 8 * first)
+            stage.ended = self._recorded(stage.stream)
+            window.append((stage.ended, run.blocks * layout.block_bytes))
             self._keep_in_flight(window)
-        transfer = self._ending(lane, job, hashes, results, kept)
+        transfer = self._ended(lane, job, stages[: len(turns)], hashes, results, kept)
         del lane.holding[held:]
         return transfer
 
-    def _ending(
-        self, lane: _Lane, job: _Job, hashes: Buffer | None, results: Buffer | None, kept: tuple[object, ...]
+    def _opened(
+        self, lane: _Lane, job: _Job, stages: Sequence[_Stage], columns: Sequence[Addresses]
+    ) -> tuple[int, tuple[object, ...]]:
+        """Bring to the device what kernels are told, and let the stages begin behind it and behind `after`.
+
+        Returns its address, and what to keep; copies by the copy engine alone need nothing.
+        """
+        device = self._device
+        address = 0
+        kept: tuple[object, ...] = ()
+        before = [] if job.after is None else [self._recorded(job.after)]
+        if job.strategy is not Strategy.DMA or job.checksums:
+            address, kept = self._upload(lane, columns)
+            before.append(self._recorded(lane.opening))
+        for stage in stages:
+            for event in before:
+                device.wait(stage.stream, event)
+        return address, kept
+
+    def _ended(
+        self,
+        lane: _Lane,
+        job: _Job,
+        stages: Sequence[_Stage],
+        hashes: Buffer | None,
+        results: Buffer | None,
+        kept: tuple[object, ...],
     ) -> Transfer:
         """One event behind everything that the transfer enqueued."""
-        for stream in (lane.copying, lane.kernel):
-            self._device.wait(lane.checking, self._recorded(stream))
+        for stage in stages:
+            self._device.wait(lane.ending, stage.ended)
         checksums = None
         if hashes is not None and results is not None and results.view is not None:
-            self._copy_one(results.address, hashes.address, results.size, Direction.STORE, lane.checking)
+            self._copy_one(results.address, hashes.address, results.size, Direction.STORE, lane.ending)
             checksums = (results.view.view(np.uint64),)
-        end = self._recorded(lane.checking)
+        end = self._recorded(lane.ending)
         keep = (*kept, hashes, results)
         return Transfer(len(job) * job.layout.block_bytes, self._device, end, keep, checksums)
 
@@ -366,51 +411,38 @@ class DmaEngine:
             oldest, _ = window.popleft()
             wait_until(self._device, oldest, self._deadline())
 
-    # --- one chunk, by strategy: each returns the stream on which it ends ----------------------------------------
+    # --- one chunk, by strategy, all of it on its stage's stream --------------------------------------------------
 
-    def _dma(self, lane: _Lane, run: _Run) -> int:
-        device, job, stage = self._device, run.job, run.stage
+    def _dma(self, lane: _Lane, run: _Run) -> None:
+        job, stream = run.job, run.stage.stream
         places = (job.block_ids[run.inside], job.hosts[run.inside], job.regions[run.inside])
         paged, hosts, sizes = of_segments(job.layout, *places)
         sides = (paged, hosts) if lane.direction is Direction.LOAD else (hosts, paged)
-        device.copy(*sides, sizes, lane.direction, lane.copying)
-        device.record(stage.copied, lane.copying)
+        self._device.copy(*sides, sizes, lane.direction, stream)
         if job.checksums:
-            device.wait(lane.kernel, stage.copied)
-            device.wait(lane.kernel, stage.summed)
-            device.kernels.read(
+            self._device.kernels.read(
                 run.table,
                 run.ids,
                 run.blocks,
                 width=job.layout.alignment,
                 sums=run.sums,
-                stream=lane.kernel,
-                multiprocessors=self._options.multiprocessors,
+                stream=stream,
+                multiprocessors=run.multiprocessors,
             )
-            device.record(stage.moved, lane.kernel)
-        return lane.copying
 
-    def _staged(self, lane: _Lane, run: _Run) -> int:
-        device, job, stage = self._device, run.job, run.stage
+    def _staged(self, lane: _Lane, run: _Run) -> None:
+        job, stream = run.job, run.stage.stream
         sizes = np.full(run.blocks, job.layout.block_bytes, np.int64)
         ring, hosts, sizes = merged(run.ring, job.hosts[run.inside], sizes, job.regions[run.inside])
         if lane.direction is Direction.LOAD:
-            device.wait(lane.copying, stage.moved)
-            device.copy(ring, hosts, sizes, lane.direction, lane.copying)
-            device.record(stage.copied, lane.copying)
-            device.wait(lane.kernel, stage.copied)
-            return self._mapped(lane, run)
-        device.wait(lane.kernel, stage.copied)
-        self._mapped(lane, run)
-        device.wait(lane.copying, stage.moved)
-        device.copy(hosts, ring, sizes, lane.direction, lane.copying)
-        device.record(stage.copied, lane.copying)
-        return lane.copying
+            self._device.copy(ring, hosts, sizes, lane.direction, stream)
+            self._mapped(lane, run)
+        else:
+            self._mapped(lane, run)
+            self._device.copy(hosts, ring, sizes, lane.direction, stream)
 
-    def _mapped(self, lane: _Lane, run: _Run) -> int:
+    def _mapped(self, lane: _Lane, run: _Run) -> None:
         kernels = self._device.kernels
-        if run.sums:
-            self._device.wait(lane.kernel, run.stage.summed)
         move = kernels.scatter if lane.direction is Direction.LOAD else kernels.gather
         move(
             run.table,
@@ -419,19 +451,14 @@ class DmaEngine:
             run.blocks,
             width=run.width,
             sums=run.sums,
-            stream=lane.kernel,
-            multiprocessors=self._options.multiprocessors,
+            stream=run.stage.stream,
+            multiprocessors=run.multiprocessors,
         )
-        self._device.record(run.stage.moved, lane.kernel)
-        return lane.kernel
 
-    def _finish(self, lane: _Lane, run: _Run, checksums: int) -> int:
-        """On a stream of its own: the chain of sums is long and narrow, and the next chunk need not wait for it."""
-        device, stage = self._device, run.stage
-        device.wait(lane.checking, stage.moved)
-        device.kernels.finish(run.table, run.ids, run.blocks, sums=run.sums, checksums=checksums, stream=lane.checking)
-        device.record(stage.summed, lane.checking)
-        return lane.checking
+    def _finish(self, run: _Run, checksums: int) -> None:
+        self._device.kernels.finish(
+            run.table, run.ids, run.blocks, sums=run.sums, checksums=checksums, stream=run.stage.stream
+        )
 
     # --- host memory that is not pinned ---------------------------------------------------------------------------
 
@@ -473,9 +500,9 @@ class DmaEngine:
 
     def _lane(self, direction: Direction) -> _Lane:
         device = self._device
-        copying, kernel, checking = (device.stream(urgent=direction is Direction.LOAD) for _ in range(3))
-        stages = [_Stage(device.event(), device.event(), device.event()) for _ in range(self._options.ring_chunks)]
-        return _Lane(direction, copying, kernel, checking, stages)
+        urgent = direction is Direction.LOAD
+        stages = [_Stage(device.stream(urgent=urgent), device.event()) for _ in range(self._options.stages)]
+        return _Lane(direction, device.stream(urgent=urgent), device.stream(urgent=urgent), stages)
 
     def _grow(self, lane: _Lane, job: _Job, per_chunk: int) -> None:
         """Make the stages large enough for a job's chunks; one that is replaced was used up first."""
@@ -483,8 +510,7 @@ class DmaEngine:
         sums = per_chunk * sums_of(job.layout.block_bytes) * _SUM_ROW_BYTES if job.checksums else 0
         for stage in lane.stages:
             if slots > _size(stage.slots) or sums > _size(stage.sums):
-                for event in (stage.copied, stage.moved, stage.summed):
-                    wait_until(self._device, event, self._deadline())
+                wait_until(self._device, stage.ended, self._deadline())
             if slots > _size(stage.slots):
                 stage.slots = self._device.device_memory(slots)
             if sums > _size(stage.sums):
@@ -496,7 +522,7 @@ class DmaEngine:
         source, target = self._device.pinned_memory(numbers.nbytes), self._device.device_memory(numbers.nbytes)
         assert source.view is not None
         source.view[:] = numbers.view(np.uint8)
-        self._copy_one(target.address, source.address, numbers.nbytes, Direction.LOAD, lane.kernel)
+        self._copy_one(target.address, source.address, numbers.nbytes, Direction.LOAD, lane.opening)
         return target.address, (source, target)
 
     def _results(self, count: int) -> tuple[Buffer | None, Buffer | None]:
@@ -517,7 +543,7 @@ class DmaEngine:
     def _drain(self, lane: _Lane, deadline: float) -> None:
         """What was enqueued must end before its memory is let go of."""
         try:
-            for stream in (lane.copying, lane.kernel, lane.checking):
+            for stream in (lane.opening, lane.ending, *(stage.stream for stage in lane.stages)):
                 wait_until(self._device, self._recorded(stream), deadline)
         except DmaTimeout:
             raise
@@ -529,7 +555,7 @@ class DmaEngine:
         return time.monotonic() + self._options.timeout_s
 
 
-_Step: TypeAlias = Callable[[DmaEngine, _Lane, _Run], int]
+_Step: TypeAlias = Callable[[DmaEngine, _Lane, _Run], None]
 _STEPS: dict[Strategy, _Step] = {
     Strategy.DMA: DmaEngine._dma,
     Strategy.STAGED: DmaEngine._staged,

@@ -18,7 +18,7 @@ from support.late_device import POISON, LateDevice
 BLOCKS = 24
 SIZES = (640, 1024, 16, 2048)
 BLOCK_BYTES = sum(SIZES)
-OPTIONS = DmaOptions(chunk_bytes=3 * BLOCK_BYTES, ring_chunks=2, inflight_bytes=9 * BLOCK_BYTES, timeout_s=5)
+OPTIONS = DmaOptions(chunk_bytes=3 * BLOCK_BYTES, stages=2, inflight_bytes=9 * BLOCK_BYTES, timeout_s=5)
 
 
 @dataclass
