@@ -55,9 +55,9 @@ def compile_kernels(architecture: str) -> Compiled:
     program = nvrtc.createProgram(unit, SOURCES[0], *encoded)
     try:
         nvrtc.compileProgram(program, (*_OPTIONS, f"--gpu-architecture=sm_{architecture}"))
-        return Compiled(bytes(nvrtc.getCUBIN(program)), str(nvrtc.getProgramLog(program)))
+        return Compiled(bytes(nvrtc.getCUBIN(program)), _log_of(program))
     except nvrtc.NVRTCError as error:
-        raise CompileError(f"sm_{architecture}: {error}\n{nvrtc.getProgramLog(program)}") from error
+        raise CompileError(f"sm_{architecture}: {error}\n{_log_of(program)}") from error
     finally:
         nvrtc.destroyProgram(program)
 
@@ -81,6 +81,12 @@ def cached_kernels(architecture: str, directory: Path) -> bytes:
     except OSError as error:
         _log.warning("compiled kernels cannot be kept in %s: %s", directory, error)
     return cubin
+
+
+def _log_of(program: int) -> str:
+    from cupy.cuda import nvrtc
+
+    return str(nvrtc.getProgramLog(program)).rstrip("\0")
 
 
 def _read(path: Path) -> bytes | None:

@@ -68,11 +68,11 @@ class Call:
         self.sums = self._poisoned(self.blocks * sums_of(case.block_bytes) * 64)
         self._checksums = self._poisoned(self.blocks * 8)
 
-    def copy(self, name: str, *, sums: bool = False) -> None:
+    def copy(self, name: str, *, sums: bool = False, stream: int = 0) -> None:
         """`gather` or `scatter`."""
         call = getattr(self.rig.kernels, name)
         arguments = self._table, self._ids.address, self._places.address, self.blocks
-        call(*arguments, sums=self.sums.address + GUARD_BYTES if sums else 0, **self._shape())
+        call(*arguments, sums=self.sums.address + GUARD_BYTES if sums else 0, stream=stream, **self._shape())
         self.rig.tables.synchronize()
 
     def read(self) -> None:
