@@ -14,7 +14,7 @@ import pytest
 import xxhash
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.kernels.layouts import GUARD_BYTES, Case, cases, line
+from tests.kernels.layouts import GUARD_BYTES, Case, cases, layers, line
 from tests.kernels.memories import Bytes, Memory, Region
 
 from forebay.kernels import reference
@@ -22,7 +22,7 @@ from forebay.kernels.layout import CHECKSUM_BLOCK_BYTES_MIN, WIDTHS, Table, sums
 
 POISON = 0xA5
 POISONED_WORD = 0xA5A5A5A5A5A5A5A5
-EXAMPLES = 150
+EXAMPLES = 60
 LENGTH_MAX = 70_000
 
 # differing_executors: each subclass runs the same tests over its own kernels.
@@ -85,6 +85,7 @@ class Call:
         places = {"sums": self.sums.address + GUARD_BYTES, "checksums": self._checksums.address + GUARD_BYTES}
         self.rig.kernels.finish(self._table, self._ids.address, self.blocks, **places)
         self.rig.tables.synchronize()
+        _between_guards(self.sums)
         checksums: list[int] = _between_guards(self._checksums).view(np.uint64).tolist()
         return checksums
 
@@ -107,39 +108,49 @@ class Call:
 
 
 class KernelContract:
+    @pytest.mark.parametrize("width", WIDTHS)
     @drawn
-    @given(case=cases())
-    def test_gather_fills_each_slot_and_nothing_else(self, rig: Rig, case: Case) -> None:
+    @given(data=st.data())
+    def test_gather_fills_each_slot_and_nothing_else(self, rig: Rig, width: int, data: st.DataObject) -> None:
+        case = data.draw(cases(width))
         call = gathering(rig, case)
         call.copy("gather")
         assert_gathered(call)
 
+    @pytest.mark.parametrize("width", WIDTHS)
     @drawn
-    @given(case=cases(unique=True))
-    def test_scatter_writes_each_block_and_nothing_else(self, rig: Rig, case: Case) -> None:
+    @given(data=st.data())
+    def test_scatter_writes_each_block_and_nothing_else(self, rig: Rig, width: int, data: st.DataObject) -> None:
+        case = data.draw(cases(width, unique=True))
         call = scattering(rig, case)
         call.copy("scatter")
         assert_scattered(call)
 
+    @pytest.mark.parametrize("width", WIDTHS)
     @drawn
-    @given(case=cases(checksummed=True))
-    def test_gather_makes_checksums_of_what_it_copies(self, rig: Rig, case: Case) -> None:
+    @given(data=st.data())
+    def test_gather_makes_checksums_of_what_it_copies(self, rig: Rig, width: int, data: st.DataObject) -> None:
+        case = data.draw(cases(width, checksummed=True))
         call = gathering(rig, case)
         call.copy("gather", sums=True)
         assert_gathered(call)
         assert call.checksums() == call.expected_checksums()
 
+    @pytest.mark.parametrize("width", WIDTHS)
     @drawn
-    @given(case=cases(unique=True, checksummed=True))
-    def test_scatter_makes_checksums_of_what_it_copies(self, rig: Rig, case: Case) -> None:
+    @given(data=st.data())
+    def test_scatter_makes_checksums_of_what_it_copies(self, rig: Rig, width: int, data: st.DataObject) -> None:
+        case = data.draw(cases(width, unique=True, checksummed=True))
         call = scattering(rig, case)
         call.copy("scatter", sums=True)
         assert_scattered(call)
         assert call.checksums() == call.expected_checksums()
 
+    @pytest.mark.parametrize("width", WIDTHS)
     @drawn
-    @given(case=cases(checksummed=True))
-    def test_read_makes_checksums_and_writes_nothing(self, rig: Rig, case: Case) -> None:
+    @given(data=st.data())
+    def test_read_makes_checksums_and_writes_nothing(self, rig: Rig, width: int, data: st.DataObject) -> None:
+        case = data.draw(cases(width, checksummed=True))
         call = gathering(rig, case)
         call.read()
         assert call.checksums() == call.expected_checksums()
@@ -179,6 +190,15 @@ class KernelContract:
             call.copy(name, sums=sums)
             ASSERTED[name](call)
             assert not sums or call.checksums() == call.expected_checksums()
+
+    @pytest.mark.parametrize(("segments", "segment_bytes"), [(64, 32 << 10), (61, 16 * 1152)], ids=["llama", "mla"])
+    @pytest.mark.parametrize("name", ["gather", "scatter"])
+    def test_shapes_of_engines(self, rig: Rig, name: str, segments: int, segment_bytes: int) -> None:
+        """Keys and values of 32 layers, 16 tokens a block; and the latents of 61 layers."""
+        call = PREPARED[name](rig, layers(segments, segment_bytes))
+        call.copy(name, sums=True)
+        ASSERTED[name](call)
+        assert call.checksums() == call.expected_checksums()
 
     @pytest.mark.parametrize("name", ["gather", "scatter"])
     def test_no_blocks_are_no_work(self, rig: Rig, name: str) -> None:

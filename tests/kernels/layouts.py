@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn, SearchStrategy
 
-from forebay.kernels.layout import CHECKSUM_BLOCK_BYTES_MIN, WIDTHS, Integers, Layout
+from forebay.kernels.layout import CHECKSUM_BLOCK_BYTES_MIN, Integers, Layout
 
 SEGMENTS_MAX = 100
 SEGMENT_BYTES_MAX = 40 << 10
@@ -56,14 +56,13 @@ class Case:
 
 
 @st.composite
-def cases(draw: DrawFn, *, unique: bool = False, checksummed: bool = False, width: int | None = None) -> Case:
+def cases(draw: DrawFn, width: int, *, unique: bool = False, checksummed: bool = False) -> Case:
     """
     Args:
+        width: bytes of one access, which all drawn addresses and sizes are multiples of.
         unique: no block id comes twice, as `scatter` asks.
         checksummed: blocks are large enough for a checksum.
     """
-    if width is None:
-        width = draw(st.sampled_from(WIDTHS))
     sizes = draw(_sizes(width))
     if checksummed and sum(sizes) < CHECKSUM_BLOCK_BYTES_MIN:
         sizes += [width * draw(st.integers(256 // width, 1024 // width))]
@@ -73,7 +72,8 @@ def cases(draw: DrawFn, *, unique: bool = False, checksummed: bool = False, widt
         order = draw(st.permutations(range(paged_blocks)))
         block_ids = list(order[: draw(st.integers(1, paged_blocks))])
     else:
-        block_ids = draw(st.lists(st.integers(0, paged_blocks - 1), min_size=1, max_size=SLOTS_MAX))
+        count = draw(st.integers(1, SLOTS_MAX))
+        block_ids = draw(st.lists(st.integers(0, paged_blocks - 1), min_size=count, max_size=count))
     slots, slots_bytes = draw(_slots(sum(sizes), len(block_ids), width))
     return Case(
         *(np.array(column, np.int64) for column in (bases, strides, sizes)),
@@ -90,13 +90,14 @@ def cases(draw: DrawFn, *, unique: bool = False, checksummed: bool = False, widt
 @st.composite
 def _sizes(draw: DrawFn, width: int) -> list[int]:
     """1 to 100 segments of one size or of several, cut off where a block would outgrow the test."""
-    most = draw(st.sampled_from([1, 4, 64, 300, 2048, SEGMENT_BYTES_MAX // width]))
-    size = st.integers(1, max(1, min(most, SEGMENT_BYTES_MAX // width)))
-    count = draw(st.integers(1, SEGMENTS_MAX))
+    count = draw(st.sampled_from([1, 2, 3, 5, 16, 64, SEGMENTS_MAX]))
+    largest = SEGMENT_BYTES_MAX // width
+    most = draw(st.sampled_from([1, 5, 64, min(2048, largest), largest]))
+    size = st.integers(1, most)
     if draw(st.booleans()):
         drawn = [draw(size)] * count
     else:
-        drawn = draw(st.lists(size, min_size=1, max_size=count))
+        drawn = draw(st.lists(size, min_size=count, max_size=count))
     sizes = [units * width for units in drawn]
     kept = int(np.searchsorted(np.cumsum(sizes), BLOCK_BYTES_MAX, side="right"))
     return sizes[: max(1, kept)]
@@ -154,4 +155,22 @@ def line(block_bytes: int, width: int, *, blocks: int = 1, seed: int = 0) -> Cas
         width,
         0,
         seed,
+    )
+
+
+def layers(segments: int, segment_bytes: int) -> Case:
+    """An engine's memory: a tensor for each segment, one after the other, of which two of four blocks are moved."""
+    region = 4 * segment_bytes
+    slots_bytes = GUARD_BYTES + 2 * segments * segment_bytes + GUARD_BYTES
+    return Case(
+        np.arange(segments, dtype=np.int64) * region + GUARD_BYTES,
+        np.full(segments, segment_bytes, np.int64),
+        np.full(segments, segment_bytes, np.int64),
+        GUARD_BYTES + segments * region + GUARD_BYTES,
+        slots_bytes,
+        [2, 1],
+        [GUARD_BYTES + segments * segment_bytes, GUARD_BYTES],
+        16,
+        0,
+        segments,
     )
