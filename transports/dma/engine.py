@@ -1,8 +1,8 @@
 """The engine that moves blocks: three strategies, two directions, streams of its own, nothing waited for.
 
-A transfer is cut into chunks, and a direction has a few stages, each with a stream and a piece of device memory of
-its own. A chunk runs through one stage, in the order of its stream; the stages take the chunks in turn, so copy
-engines work on one while a kernel works on another:
+A transfer is cut into chunks. A direction has one stream for its copies (two at once were slower on an H200) and a few
+stages, each with a stream for kernels and a piece of device memory; the stages take the chunks in turn, so the copy
+engine works on one while kernels work on others:
 
 - DMA: the copy engine moves each segment, neighbours merged. Costs the GPU's multiprocessors nothing.
 - STAGED: the copy engine moves whole slots through a ring in device memory, a kernel scatters or gathers there.
@@ -43,9 +43,6 @@ _RING_ALIGNMENT = 16
 DMA_SEGMENT_BYTES_MIN = 128 << 10
 MAPPED_BYTES_MAX = 1 << 20
 """Where nothing was measured: segments from this size on are worth a descriptor each; so few bytes, one kernel."""
-
-MAPPED_STAGES = 2
-"""A second kernel fills the gap behind the first; more would only take multiprocessors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,10 +134,10 @@ class _Job:
 
 @dataclass(slots=True)
 class _Stage:
-    """What a chunk runs through: a stream, device memory for its slots and its sums.
+    """What a chunk runs through: a stream for its kernels, device memory for its slots and its sums.
 
     Attributes:
-        ended: behind the last chunk.
+        ended: behind the last use of `slots`, or what the last chunk did last where it used none.
     """
 
     stream: int
@@ -155,6 +152,7 @@ class _Run:
 
     Attributes:
         ring: int64 (blocks,), their places in the stage's memory, for STAGED.
+        checksums: where they go on the device; 0: none are made.
         multiprocessors: that its kernel may use.
     """
 
@@ -167,6 +165,7 @@ class _Run:
     slots: int
     width: int
     ring: Addresses
+    checksums: int
     multiprocessors: int
 
     @property
@@ -188,9 +187,11 @@ class _Lane:
 
     Attributes:
         opening: the stream that brings what kernels are told. ending: the one behind which transfers end.
+        copying: the one of the copy engine.
     """
 
     direction: Direction
+    copying: int
     opening: int
     ending: int
     stages: list[_Stage]
@@ -336,40 +337,35 @@ class DmaEngine:
         pitch = _rounded(layout.block_bytes)
         per_chunk = max(1, self._options.chunk_bytes // pitch)
         self._grow(lane, job, per_chunk)
-        turns = lane.stages[:MAPPED_STAGES] if job.strategy is Strategy.MAPPED else lane.stages
-        stages = [turns[index % len(turns)] for index in range(-(-count // per_chunk))]
+        stages = [lane.stages[index % len(lane.stages)] for index in range(-(-count // per_chunk))]
         ring, seen = np.zeros(0, np.int64), job.seen
         if job.strategy is Strategy.STAGED:
             places = np.arange(per_chunk, dtype=np.int64) * pitch
             bases = [stage.slots.address for stage in stages if stage.slots is not None]
             ring = seen = np.concatenate([base + places for base in bases])[:count]
-        address, kept = self._opened(lane, job, stages[: len(turns)], (job.block_ids, seen, layout.packed()))
+        address, kept = self._opened(lane, job, (job.block_ids, seen, layout.packed()))
         hashes, results = self._results(count if job.checksums else 0)
         held = len(lane.holding)
         lane.holding.append((kept, hashes, results))
         table, width = Table(address + 16 * count, layout), min(layout.alignment, alignment_of(seen))
         share = self._options.multiprocessors
-        if job.strategy is Strategy.MAPPED:
-            share = -(-share // MAPPED_STAGES)
+        if job.strategy is Strategy.MAPPED:  # its kernels run side by side, so that one fills the gaps of the others
+            share = -(-share // len(lane.stages))
         window: deque[tuple[Any, int]] = deque()
         for index, stage in enumerate(stages):
             first, last = index * per_chunk, min((index + 1) * per_chunk, count)
             ids = address + 8 * first
-            run = _Run(job, first, last, stage, table, ids, ids + 8 * count, width, ring[first:last], share)
+            sums = 0 if hashes is None else hashes.address + 8 * first
+            run = _Run(job, first, last, stage, table, ids, ids + 8 * count, width, ring[first:last], sums, share)
             _STEPS[job.strategy](self, lane, run)
-            if hashes is not None:
-                self._finish(run, hashes.address + 8 * first)
-            stage.ended = self._recorded(stage.stream)
             window.append((stage.ended, run.blocks * layout.block_bytes))
             self._keep_in_flight(window)
-        transfer = self._ended(lane, job, stages[: len(turns)], hashes, results, kept)
+        transfer = self._ended(lane, job, hashes, results, kept)
         del lane.holding[held:]
         return transfer
 
-    def _opened(
-        self, lane: _Lane, job: _Job, stages: Sequence[_Stage], columns: Sequence[Addresses]
-    ) -> tuple[int, tuple[object, ...]]:
-        """Bring to the device what kernels are told, and let the stages begin behind it and behind `after`.
+    def _opened(self, lane: _Lane, job: _Job, columns: Sequence[Addresses]) -> tuple[int, tuple[object, ...]]:
+        """Bring to the device what kernels are told, and let the streams begin behind it and behind `after`.
 
         Returns its address, and what to keep; copies by the copy engine alone need nothing.
         """
@@ -380,23 +376,20 @@ class DmaEngine:
         if job.strategy is not Strategy.DMA or job.checksums:
             address, kept = self._upload(lane, columns)
             before.append(self._recorded(lane.opening))
-        for stage in stages:
+        streams = [stage.stream for stage in lane.stages]
+        if job.strategy is Strategy.DMA:  # otherwise copies touch the ring, and kernels the engine's blocks
+            streams.append(lane.copying)
+        for stream in streams:
             for event in before:
-                device.wait(stage.stream, event)
+                device.wait(stream, event)
         return address, kept
 
     def _ended(
-        self,
-        lane: _Lane,
-        job: _Job,
-        stages: Sequence[_Stage],
-        hashes: Buffer | None,
-        results: Buffer | None,
-        kept: tuple[object, ...],
+        self, lane: _Lane, job: _Job, hashes: Buffer | None, results: Buffer | None, kept: tuple[object, ...]
     ) -> Transfer:
         """One event behind everything that the transfer enqueued."""
-        for stage in stages:
-            self._device.wait(lane.ending, stage.ended)
+        for stream in (lane.copying, *(stage.stream for stage in lane.stages)):
+            self._device.wait(lane.ending, self._recorded(stream))
         checksums = None
         if hashes is not None and results is not None and results.view is not None:
             self._copy_one(results.address, hashes.address, results.size, Direction.STORE, lane.ending)
@@ -411,37 +404,51 @@ class DmaEngine:
             oldest, _ = window.popleft()
             wait_until(self._device, oldest, self._deadline())
 
-    # --- one chunk, by strategy, all of it on its stage's stream --------------------------------------------------
+    # --- one chunk, by strategy -----------------------------------------------------------------------------------
 
     def _dma(self, lane: _Lane, run: _Run) -> None:
-        job, stream = run.job, run.stage.stream
+        device, job, stage = self._device, run.job, run.stage
         places = (job.block_ids[run.inside], job.hosts[run.inside], job.regions[run.inside])
         paged, hosts, sizes = of_segments(job.layout, *places)
         sides = (paged, hosts) if lane.direction is Direction.LOAD else (hosts, paged)
-        self._device.copy(*sides, sizes, lane.direction, stream)
+        device.copy(*sides, sizes, lane.direction, lane.copying)
+        stage.ended = self._recorded(lane.copying)
         if job.checksums:
-            self._device.kernels.read(
+            device.wait(stage.stream, stage.ended)
+            device.kernels.read(
                 run.table,
                 run.ids,
                 run.blocks,
                 width=job.layout.alignment,
                 sums=run.sums,
-                stream=stream,
+                stream=stage.stream,
                 multiprocessors=run.multiprocessors,
             )
+            self._finish(run)
 
     def _staged(self, lane: _Lane, run: _Run) -> None:
-        job, stream = run.job, run.stage.stream
+        device, job, stage = self._device, run.job, run.stage
         sizes = np.full(run.blocks, job.layout.block_bytes, np.int64)
         ring, hosts, sizes = merged(run.ring, job.hosts[run.inside], sizes, job.regions[run.inside])
         if lane.direction is Direction.LOAD:
-            self._device.copy(ring, hosts, sizes, lane.direction, stream)
+            device.wait(lane.copying, stage.ended)
+            device.copy(ring, hosts, sizes, lane.direction, lane.copying)
+            device.wait(stage.stream, self._recorded(lane.copying))
             self._mapped(lane, run)
         else:
-            self._mapped(lane, run)
-            self._device.copy(hosts, ring, sizes, lane.direction, stream)
+            device.wait(stage.stream, stage.ended)
+            self._kernel(lane, run)
+            device.wait(lane.copying, self._recorded(stage.stream))
+            device.copy(hosts, ring, sizes, lane.direction, lane.copying)
+            stage.ended = self._recorded(lane.copying)
+            self._finish(run)
 
     def _mapped(self, lane: _Lane, run: _Run) -> None:
+        self._kernel(lane, run)
+        self._finish(run)
+        run.stage.ended = self._recorded(run.stage.stream)
+
+    def _kernel(self, lane: _Lane, run: _Run) -> None:
         kernels = self._device.kernels
         move = kernels.scatter if lane.direction is Direction.LOAD else kernels.gather
         move(
@@ -455,10 +462,12 @@ class DmaEngine:
             multiprocessors=run.multiprocessors,
         )
 
-    def _finish(self, run: _Run, checksums: int) -> None:
-        self._device.kernels.finish(
-            run.table, run.ids, run.blocks, sums=run.sums, checksums=checksums, stream=run.stage.stream
-        )
+    def _finish(self, run: _Run) -> None:
+        """Make the checksums of the sums, if there are any."""
+        if run.checksums:
+            self._device.kernels.finish(
+                run.table, run.ids, run.blocks, sums=run.sums, checksums=run.checksums, stream=run.stage.stream
+            )
 
     # --- host memory that is not pinned ---------------------------------------------------------------------------
 
@@ -502,7 +511,8 @@ class DmaEngine:
         device = self._device
         urgent = direction is Direction.LOAD
         stages = [_Stage(device.stream(urgent=urgent), device.event()) for _ in range(self._options.stages)]
-        return _Lane(direction, device.stream(urgent=urgent), device.stream(urgent=urgent), stages)
+        copying, opening, ending = (device.stream(urgent=urgent) for _ in range(3))
+        return _Lane(direction, copying, opening, ending, stages)
 
     def _grow(self, lane: _Lane, job: _Job, per_chunk: int) -> None:
         """Make the stages large enough for a job's chunks; one that is replaced was used up first."""
@@ -510,7 +520,8 @@ class DmaEngine:
         sums = per_chunk * sums_of(job.layout.block_bytes) * _SUM_ROW_BYTES if job.checksums else 0
         for stage in lane.stages:
             if slots > _size(stage.slots) or sums > _size(stage.sums):
-                wait_until(self._device, stage.ended, self._deadline())
+                for event in (stage.ended, self._recorded(stage.stream)):
+                    wait_until(self._device, event, self._deadline())
             if slots > _size(stage.slots):
                 stage.slots = self._device.device_memory(slots)
             if sums > _size(stage.sums):
@@ -543,7 +554,7 @@ class DmaEngine:
     def _drain(self, lane: _Lane, deadline: float) -> None:
         """What was enqueued must end before its memory is let go of."""
         try:
-            for stream in (lane.opening, lane.ending, *(stage.stream for stage in lane.stages)):
+            for stream in (lane.copying, lane.opening, lane.ending, *(stage.stream for stage in lane.stages)):
                 wait_until(self._device, self._recorded(stream), deadline)
         except DmaTimeout:
             raise

@@ -142,6 +142,22 @@ def test_memory_of_a_transfer_lives_until_its_end_though_nobody_keeps_it() -> No
     assert [r.payload(block) for block in range(BLOCKS)] == expected
 
 
+@pytest.mark.parametrize("strategy", list(Strategy))
+@pytest.mark.parametrize("seed", range(12))
+def test_stages_that_grow_for_other_blocks_are_used_up_first(strategy: Strategy, seed: int) -> None:
+    """The second transfer needs more sums a chunk; those of the first may still be wanted."""
+    r = rig(seed)
+    part = r.layout.part(0, 1)
+    ids = np.arange(12)
+    source = [r.payload(block) for block in range(24)]
+    first = r.engine.store(r.layout, ids, r.addresses(range(12)), strategy=strategy, checksums=True)
+    second = r.engine.store(part, ids + 12, r.addresses(range(12, 24)), strategy=strategy, checksums=True)
+    second.wait(5)
+    first.wait(5)
+    assert first.checksums.tolist() == [xxhash.xxh3_64_intdigest(block) for block in source[:12]]
+    assert second.checksums.tolist() == [xxhash.xxh3_64_intdigest(block[: SIZES[0]]) for block in source[12:]]
+
+
 def test_a_gpu_that_hangs_is_an_error_in_time_and_its_memory_stays() -> None:
     r = rig(4)
     transfer = r.engine.load(r.layout, np.arange(4), r.addresses(range(4)))
