@@ -23,6 +23,7 @@ from forebay.kernels.layout import CHECKSUM_BLOCK_BYTES_MIN, WIDTHS, Table, sums
 POISON = 0xA5
 POISONED_WORD = 0xA5A5A5A5A5A5A5A5
 EXAMPLES = 60
+TILE_BYTES = 4096
 LENGTH_MAX = 70_000
 
 # differing_executors: each subclass runs the same tests over its own kernels.
@@ -196,6 +197,15 @@ class KernelContract:
     def test_shapes_of_engines(self, rig: Rig, name: str, segments: int, segment_bytes: int) -> None:
         """Keys and values of 32 layers, 16 tokens a block; and the latents of 61 layers."""
         call = PREPARED[name](rig, layers(segments, segment_bytes))
+        call.copy(name, sums=True)
+        ASSERTED[name](call)
+        assert call.checksums() == call.expected_checksums()
+
+    @pytest.mark.parametrize("segment_bytes", [TILE_BYTES - 16, TILE_BYTES, TILE_BYTES + 16, 2 * TILE_BYTES])
+    @pytest.mark.parametrize("name", ["gather", "scatter"])
+    def test_segments_around_a_tile(self, rig: Rig, name: str, segment_bytes: int) -> None:
+        """A tile within one segment is copied without looking for the next one."""
+        call = PREPARED[name](rig, layers(3, segment_bytes))
         call.copy(name, sums=True)
         ASSERTED[name](call)
         assert call.checksums() == call.expected_checksums()
