@@ -79,8 +79,9 @@ engines: ## vLLM itself with forebay, on the CPU, in an environment of its own (
 	test -e $(VLLM_STAMPS)/vllm || exit 0; \
 	PYTHONPATH=tests/engines $(VLLM_BIN)/pytest -o filterwarnings=default -p no:cacheprovider tests/engines $(PYTEST_ARGS)
 
-gpu: ## tests that need a GPU, with a Python that has cupy, pytest and hypothesis (PY=python3); installs nothing
+gpu: ## tests and figures that need a GPU, with a Python that has cupy, torch and pytest (PY=python3); installs nothing
 	PYTHONPATH=src$${PYTHONPATH:+:$$PYTHONPATH} $(PY) -P -m pytest tests/gpu -rs $(PYTEST_ARGS)
+	PYTHONPATH=src$${PYTHONPATH:+:$$PYTHONPATH} $(PY) -P -m forebay.bench.gpu $(GPU_ARGS)
 
 e2e: ## two vLLM processes and a real model share a daemon, restart, lose it; ends with one line of JSON
 	@$(MAKE) --no-print-directory $(VLLM_STAMPS)/e2e
