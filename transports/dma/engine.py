@@ -343,7 +343,8 @@ class DmaEngine:
             places = np.arange(per_chunk, dtype=np.int64) * pitch
             bases = [stage.slots.address for stage in stages if stage.slots is not None]
             ring = seen = np.concatenate([base + places for base in bases])[:count]
-        address, kept = self._opened(lane, job, (job.block_ids, seen, layout.packed()))
+        used = stages[: len(lane.stages)]
+        address, kept = self._opened(lane, job, used, (job.block_ids, seen, layout.packed()))
         hashes, results = self._results(count if job.checksums else 0)
         held = len(lane.holding)
         lane.holding.append((kept, hashes, results))
@@ -360,11 +361,13 @@ class DmaEngine:
             _STEPS[job.strategy](self, lane, run)
             window.append((stage.ended, run.blocks * layout.block_bytes))
             self._keep_in_flight(window)
-        transfer = self._ended(lane, job, hashes, results, kept)
+        transfer = self._ended(lane, job, used, hashes, results, kept)
         del lane.holding[held:]
         return transfer
 
-    def _opened(self, lane: _Lane, job: _Job, columns: Sequence[Addresses]) -> tuple[int, tuple[object, ...]]:
+    def _opened(
+        self, lane: _Lane, job: _Job, used: Sequence[_Stage], columns: Sequence[Addresses]
+    ) -> tuple[int, tuple[object, ...]]:
         """Bring to the device what kernels are told, and let the streams begin behind it and behind `after`.
 
         Returns its address, and what to keep; copies by the copy engine alone need nothing.
@@ -376,7 +379,7 @@ class DmaEngine:
         if job.strategy is not Strategy.DMA or job.checksums:
             address, kept = self._upload(lane, columns)
             before.append(self._recorded(lane.opening))
-        streams = [stage.stream for stage in lane.stages]
+        streams = [stage.stream for stage in used]
         if job.strategy is Strategy.DMA:  # otherwise copies touch the ring, and kernels the engine's blocks
             streams.append(lane.copying)
         for stream in streams:
@@ -385,10 +388,16 @@ class DmaEngine:
         return address, kept
 
     def _ended(
-        self, lane: _Lane, job: _Job, hashes: Buffer | None, results: Buffer | None, kept: tuple[object, ...]
+        self,
+        lane: _Lane,
+        job: _Job,
+        used: Sequence[_Stage],
+        hashes: Buffer | None,
+        results: Buffer | None,
+        kept: tuple[object, ...],
     ) -> Transfer:
         """One event behind everything that the transfer enqueued."""
-        for stream in (lane.copying, *(stage.stream for stage in lane.stages)):
+        for stream in (lane.copying, *(stage.stream for stage in used)):
             self._device.wait(lane.ending, self._recorded(stream))
         checksums = None
         if hashes is not None and results is not None and results.view is not None:
