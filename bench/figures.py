@@ -84,6 +84,10 @@ TARGETS: Mapping[str, Target] = {
     "gpu_matmul_staged_store_slowdown": at_most(0.08),
     "gpu_matmul_mapped_load_slowdown": at_most(0.08),
     "gpu_matmul_mapped_store_slowdown": at_most(0.08),
+    "gpu_lmcache_load_llama_ratio": at_least(1),
+    "gpu_lmcache_store_llama_ratio": at_least(1),
+    "gpu_lmcache_load_mla_ratio": at_least(1),
+    "gpu_lmcache_store_mla_ratio": at_least(1),
 }
 """Figures that pass or fail a run; all others are reported only."""
 

@@ -2,7 +2,8 @@
 
 Needs a GPU, cupy, and torch for the matmul; no daemon, and none of its packages. Every figure is the median of turns in
 which bound and measurement follow each other. The bytes are compared at the end of each series: a fast wrong copy has
-no figure. Writes ``gpu-<device>-<date>.md`` and ``.json`` into the directory given.
+no figure. `--lmcache DIR` compares with LMCache's compiled code, from an unpacked wheel. Writes
+``gpu-<device>-<date>.md`` and ``.json`` into the directory given.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ import datetime
 import json
 import mmap
 import os
+import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +58,30 @@ class Shape:
 LLAMA = Shape("llama", 64, 32 * KIB)  # Llama-3-8B: K and V of 32 layers, 16 tokens of 2 KiB
 MLA = Shape("mla", 61, 16 * 1152)  # DeepSeek-V3: 61 layers, 16 tokens of 1 152 B
 
+CHECKSUM_STRATEGIES = (Strategy.STAGED, Strategy.MAPPED, Strategy.DMA)
+LMCACHE_S = 90.0
+LMCACHE_DEFAULT = "direct"
+LOG_TAIL_LINES = 4
+
+
+def link_names(shape: Shape) -> tuple[str, ...]:
+    return tuple(f"gpu_{d.value}_{shape.name}_{what}" for d in Direction for what in ("ratio", "cpu_s_per_gib"))
+
+
+REGISTRATION_NAMES = ("gpu_register_gb_per_s", "gpu_register_first_touch_gb_per_s")
+DUPLEX_NAMES = ("gpu_duplex_ratio",)
+KERNEL_NAMES = ("gpu_gather_ratio", "gpu_scatter_ratio")
+CHECKSUM_NAMES = tuple(f"gpu_checksum_{s.value}_{d.value}_slowdown" for s in CHECKSUM_STRATEGIES for d in Direction)
+MATMUL_NAMES = tuple(f"gpu_matmul_{s.value}_{d.value}_slowdown" for d in Direction for s in Strategy)
+LMCACHE_NAMES = tuple(f"gpu_lmcache_{d.value}_{shape.name}_ratio" for shape in (LLAMA, MLA) for d in Direction)
+NAMES = (
+    *(*REGISTRATION_NAMES, *link_names(LLAMA), *link_names(MLA), *DUPLEX_NAMES, *KERNEL_NAMES),
+    *(*CHECKSUM_NAMES, *MATMUL_NAMES, *LMCACHE_NAMES),
+)
+
+Rates = dict[tuple[Direction, Strategy], float]
+"""GB/s."""
+
 Action = Callable[[], float]
 """Does the work once and returns the seconds it took."""
 
@@ -87,6 +113,7 @@ class Rig:
         self.stream = cupy.cuda.Stream(non_blocking=True)
         self.other = cupy.cuda.Stream(non_blocking=True)
         self.cpu_s: dict[tuple[Direction, Strategy], list[float]] = {}
+        self.rates: Rates = {}
 
     @property
     def bytes(self) -> int:
@@ -175,7 +202,7 @@ def gb_per_s(moved: int, seconds: Sequence[float]) -> float:
 
 
 def links(made: Rig) -> Iterator[Figure]:
-    """Each direction alone: every strategy beside one plain copy."""
+    """Each direction alone: every strategy beside one plain copy. Leaves the strategies' rates in `made.rates`."""
     for direction in Direction:
         strategies = list(Strategy)
         for strategy in strategies:
@@ -184,10 +211,8 @@ def links(made: Rig) -> Iterator[Figure]:
         bound, *series = in_turns(made.plain(direction), *(made.moving(direction, s) for s in strategies))
         ratios = {s: turn_ratio(bound, seconds) for s, seconds in zip(strategies, series, strict=True)}
         best = max(ratios, key=ratios.__getitem__)
-        rates = ", ".join(
-            f"{s.value} {gb_per_s(made.bytes, seconds):.1f} GB/s ({ratios[s]:.3f})"
-            for s, seconds in zip(strategies, series, strict=True)
-        )
+        made.rates |= {(direction, s): gb_per_s(made.bytes, each) for s, each in zip(strategies, series, strict=True)}
+        rates = ", ".join(f"{s.value} {made.rates[direction, s]:.1f} GB/s ({ratios[s]:.3f})" for s in strategies)
         name = f"gpu_{direction.value}_{made.shape.name}"
         limit = gb_per_s(made.bytes, bound)
         note = f"{best.value}; {rates}; plain copy {limit:.1f} GB/s"
@@ -264,7 +289,7 @@ def kernels(made: Rig) -> Iterator[Figure]:
 
 def checksums(made: Rig) -> Iterator[Figure]:
     """What the checksum in the copy costs."""
-    for strategy in (Strategy.STAGED, Strategy.MAPPED, Strategy.DMA):
+    for strategy in CHECKSUM_STRATEGIES:
         for direction in Direction:
             plain, summed = in_turns(made.moving(direction, strategy), made.moving(direction, strategy, checksums=True))
             slower = median(s / p for s, p in zip(summed, plain, strict=True)) - 1
@@ -334,6 +359,58 @@ def registration(made: Rig) -> Iterator[Figure]:
     yield Figure("gpu_register_first_touch_gb_per_s", GIB / seconds / 1e9, "GB/s", note=note)
 
 
+def lmcache_command(wheel: Path) -> list[str]:
+    return [sys.executable, "-P", "-m", "forebay.bench.gpu_lmcache", "--lmcache", str(wheel)]
+
+
+def ask_lmcache(command: Sequence[str], timeout_s: float = LMCACHE_S) -> dict[str, Any]:
+    """What LMCache's copies reach, from a process that they may end; see `gpu_lmcache`.
+
+    Raises RuntimeError, or ValueError when its last line is no object, where there is nothing.
+    """
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f"LMCache's copies took more than {timeout_s:g} s") from None
+    lines = done.stdout.splitlines()
+    if done.returncode or not lines:
+        tail = " / ".join(done.stderr.splitlines()[-LOG_TAIL_LINES:])
+        raise RuntimeError(f"LMCache's copies ended with status {done.returncode}: {tail}")
+    answer: dict[str, Any] = json.loads(lines[-1])
+    if answer["reason"]:
+        raise RuntimeError(f"LMCache's copies cannot be run here: {answer['reason']}")
+    return answer
+
+
+def beside_lmcache(rates: Mapping[str, Rates], command: Sequence[str]) -> Iterator[Figure]:
+    """forebay's fastest strategy over LMCache's fastest path, a GiB each; the one run follows the other.
+
+    Without any one of LMCache's paths its fastest is not known, and there is no value.
+
+    Args:
+        rates: what `links` measured of each shape, by its name.
+    """
+    answer = ask_lmcache(command)
+    for shape in (LLAMA, MLA):
+        errors = answer["errors"].get(shape.name, {})
+        for direction in Direction:
+            ours = {s.value: rate for (d, s), rate in rates[shape.name].items() if d is direction}
+            theirs = {path: rate[direction.value] for path, rate in answer["rates"].get(shape.name, {}).items()}
+            sides = [f"forebay {_listed(ours)}", f"LMCache {_listed(theirs)}"]
+            if LMCACHE_DEFAULT in theirs:
+                sides.append(f"its default is {LMCACHE_DEFAULT}")
+            note = "; ".join([*sides, *(f"{path} failed: {error}" for path, error in errors.items())])
+            known = bool(ours and theirs) and not errors
+            limit = max(theirs.values()) if known else None
+            ratio = max(ours.values()) / limit if limit else None
+            name = f"gpu_lmcache_{direction.value}_{shape.name}_ratio"
+            yield Figure(name, ratio, "x LMCache", limit, ratio, note=note)
+
+
+def _listed(rates: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {rate:.1f}" for name, rate in rates.items()) + " GB/s" if rates else "not measured"
+
+
 def tuned(made: Rig) -> Tuning:
     return tuning.measure(made.engine, made.device, made.device.key)
 
@@ -378,7 +455,8 @@ def report(directory: Path, device: str, figures: Sequence[Figure], rows: Tuning
             figure.target or "",
             verdict,
         )
-        lines.append(f"| {' | '.join(map(str, cells))} | {figure.note} |")
+        note = " ".join(figure.note.replace("|", "/").split())
+        lines.append(f"| {' | '.join(map(str, cells))} | {note} |")
     lines += ["", "Strategies tried on scattered blocks of 32 segments, GB/s, and which is chosen:", ""]
     lines += ["| direction | segment | moved | dma | staged | mapped | chosen |", "|---|---|---|---|---|---|---|"]
     for row in rows.rows:
@@ -390,36 +468,54 @@ def report(directory: Path, device: str, figures: Sequence[Figure], rows: Tuning
     return path
 
 
+SECTIONS: tuple[tuple[tuple[str, ...], Callable[[Rig], Iterator[Figure]]], ...] = (
+    (REGISTRATION_NAMES, registration),
+    (link_names(LLAMA), links),
+    (DUPLEX_NAMES, duplex),
+    (KERNEL_NAMES, kernels),
+    (CHECKSUM_NAMES, checksums),
+    (MATMUL_NAMES, beside),
+)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="forebay.bench.gpu", description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("bench/results"), help="where the results go")
+    parser.add_argument("--lmcache", type=Path, metavar="DIR", help="compare with this unpacked wheel of LMCache 0.5.6")
     options = parser.parse_args(arguments)
     began = time.monotonic()
     memory = host_memory()
     figures: list[Figure] = []
+    rates: dict[str, Rates] = {}
     with rig(LLAMA, memory) as made:
         device = made.device.name
         rows = tuned(made)
-        for section in (registration, links, duplex, kernels, checksums, beside):
-            figures += _measured(section, made)
+        for names, section in SECTIONS:
+            figures += measured(names, section(made))
+        rates[LLAMA.name] = made.rates
     with rig(MLA, memory) as made:
-        figures += _measured(links, made)
+        figures += measured(link_names(MLA), links(made))
+        rates[MLA.name] = made.rates
+    if options.lmcache is not None:
+        figures += measured(LMCACHE_NAMES, beside_lmcache(rates, lmcache_command(options.lmcache)))
     path = report(options.output, device, figures, rows, time.monotonic() - began)
     tuning.save(rows, cache_directory())
     print(path.read_text("utf-8"))
     return 0 if passed(figures) else 1
 
 
-def _measured(section: Callable[[Rig], Iterator[Figure]], made: Rig) -> list[Figure]:
-    """A section's figures; one that fails says why and leaves the others."""
-    figures = []
+def measured(names: Sequence[str], section: Iterable[Figure]) -> list[Figure]:
+    """A section's figures; those of `names` that it fails to measure have no value and say why, the others stay."""
+    figures: list[Figure] = []
     try:
-        for figure in section(made):
-            print(f"{figure.name} {figure.value:.4g} {figure.note}", flush=True)
+        for figure in section:
+            print(f"{figure.name} {number(figure.value)} {figure.note}", flush=True)
             figures.append(figure)
     except Exception as error:  # noqa: BLE001  # the other sections' figures are still wanted
-        print(f"{section.__name__} failed: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        figures.append(Figure(f"gpu_{section.__name__}", None, "", note=f"{type(error).__name__}: {error}"))
+        note = f"{type(error).__name__}: {error}"
+        missing = [name for name in names if name not in {figure.name for figure in figures}]
+        print(f"not measured: {', '.join(missing)}: {note}", file=sys.stderr, flush=True)
+        figures += [Figure(name, None, "", note=note) for name in missing]
     return figures
 
 
