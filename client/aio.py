@@ -20,8 +20,9 @@ from typing import Any, Generic, Self, TypeVar
 from forebay.client import core
 from forebay.client.async_link import AsyncLink
 from forebay.client.breaker import Breaker
-from forebay.client.copier import Copier
+from forebay.client.copier import LEGACY_STREAM, Copier
 from forebay.client.counters import Counters
+from forebay.client.device_copier import DeviceCopier
 from forebay.client.grants import BaseLease, BaseReservation, nothing_granted, nothing_held
 from forebay.client.namespaces import Namespace
 from forebay.client.options import ClientOptions, Verify
@@ -36,6 +37,7 @@ from forebay.client.results import (
     StoreResult,
     reason_of,
 )
+from forebay.client.segments import SegmentTable
 from forebay.kvstore.errors import BadRequest, ForebayError, LayoutError, PeerLost, Timeout
 from forebay.kvstore.namespace import NamespaceSpec
 from forebay.transports.messages import (
@@ -111,6 +113,17 @@ class AsyncClient:
         self._closed = False
         _live.add(self)
 
+    # Set-up
+
+    async def prepare(self, device: int) -> None:
+        """Make what moves blocks of that CUDA device's memory now, not with its first block.
+
+        Raises DmaError in any mode: no cupy, no driver, no such device. Blocking: seconds, where kernels are compiled.
+        """
+        copier = self._copier
+        if isinstance(copier, DeviceCopier):
+            await asyncio.to_thread(copier.prepare, device)
+
     # Namespaces
 
     async def open_namespace(self, spec: NamespaceSpec) -> Namespace:
@@ -164,6 +177,7 @@ class AsyncClient:
         *,
         ttl_ms: int = 0,
         deadline_ms: float = core.FETCH_DEADLINE_MS,
+        stream: int | None = LEGACY_STREAM,
     ) -> FetchResult:
         """Copy the leading stored blocks into the engine's memory; only `result.blocks` of them are right.
 
@@ -173,12 +187,15 @@ class AsyncClient:
             ttl_ms: how long the blocks are kept from being evicted; 0: the daemon's time to live.
             deadline_ms: how long blocks are waited for altogether, however steadily they come; 0: only those that
                 are in memory are copied.
+            stream: of blocks in a GPU's memory: handle of the CUDA stream that used them last, such as
+                ``torch.cuda.current_stream().cuda_stream``; None: nothing uses them any more. The default comes after
+                all streams but those made non-blocking, as torch's own side streams are.
         Raises:
             LayoutError, BadRequest: the memory, the ids or the hashes do not fit the namespace.
         Blocking: one round trip and the copy; blocks of slower tiers are copied as they are read into memory, and the
         fetch ends, with what has come, when none has come for `timeout_ms` or when `deadline_ms` have passed.
         """
-        work = core.transfer(ns, hashes, destination, block_ids, writable=True)
+        work = core.transfer(ns, hashes, destination, block_ids, writable=True, stream=stream)
         strict, verify = self.options.strict, self.options.verify == "load"
         until_s = time.monotonic() + deadline_ms / 1000
         tried = await self._try(
@@ -210,6 +227,7 @@ class AsyncClient:
         block_ids: Iterable[int] | None = None,
         *,
         parent: bytes = b"",
+        stream: int | None = LEGACY_STREAM,
     ) -> StoreResult:
         """Store the blocks of a chain that are not stored yet; the result has each block's outcome.
 
@@ -218,11 +236,12 @@ class AsyncClient:
             source: a SegmentTable, or an array, tensor or list of them with blocks on axis 0. It must not change
                 until the call returns.
             block_ids: where in it each block lies; None: 0, 1, 2, ...
+            stream: of blocks in a GPU's memory: the CUDA stream that writes them, as for `fetch`.
         Raises:
             LayoutError, BadRequest: the memory, the ids or the hashes do not fit the namespace.
         Blocking: a round trip and the copy per batch of at most 256 MiB or 256 blocks, and one more.
         """
-        work = core.transfer(ns, hashes, source, block_ids, writable=False)
+        work = core.transfer(ns, hashes, source, block_ids, writable=False, stream=stream)
         strict, sums = self.options.strict, self.options.checksum_stores
         tried = await self._try(
             lambda attachment: core.store(attachment, work, parent, strict=strict, with_checksums=sums)
@@ -458,6 +477,27 @@ class AsyncReservation(BaseReservation):
         self._link = link
         self._client = client
 
+    async def gather(
+        self, source: SegmentTable, block_ids: Iterable[int], *, stream: int | None = LEGACY_STREAM
+    ) -> Sequence[int]:
+        """Copy the engine's blocks into the slots, one id for each block to write; then commit.
+
+        Returns the positions whose copy failed, ascending: commit them as failed. Where bytes may still be moving all
+        have failed, the slots stay with the daemon's quarantine, and commit and abort do nothing.
+
+        Args:
+            stream: as for `Client.store`.
+        Raises:
+            LayoutError: the ids or the memory do not fit.
+        Blocking: until the bytes have moved.
+        """
+        ids = self._checked(source, block_ids)
+        if self._holder is None or self._link is None:
+            return range(len(ids))
+        sums = self._client.options.checksum_stores
+        steps = core.fill(self._grant, source, ids, stream, with_checksums=sums)
+        return self._filled(await self._client._drive(self._link, steps, None), len(ids))
+
     async def commit(self, failed: Sequence[int] = ()) -> int:
         """Publish what was written, but for the positions in `failed`; returns how many blocks that were.
 
@@ -467,7 +507,8 @@ class AsyncReservation(BaseReservation):
         if holder is None or self._link is None:
             return 0
         try:
-            steps = core.commit(self._grant, failed, with_checksums=self._client.options.checksum_stores)
+            sums = self._client.options.checksum_stores
+            steps = core.commit(self._grant, failed, with_checksums=sums, known=self._sums)
             return await self._client._drive(self._link, steps, 0)
         finally:
             holder.leave()

@@ -13,9 +13,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from forebay.client.conversation import Conversation
-from forebay.client.copier import Copier
+from forebay.client.copier import Copier, CopyTimeout
 from forebay.client.core import Action, Attachment, Await, Compute, Copy, CopyAhead, Exchange, Map, Pause, Steps, undo
-from forebay.client.link import attach, map_slab, nothing_told
+from forebay.client.link import attach, held_open, map_slab, nothing_told
 from forebay.client.loads import Progress
 from forebay.client.options import ClientOptions
 from forebay.client.places import SlabMapping
@@ -261,7 +261,12 @@ class AsyncLink:
 
     async def _copy(self, action: Copy) -> Sequence[int]:
         copy = self._copier.gather if action.to_slots else self._copier.scatter
-        return await _to_the_end(lambda: copy(action.plan))
+        try:
+            return await _to_the_end(lambda: copy(action.plan))
+        except CopyTimeout:
+            self.enter()
+            held_open.append(self)
+            raise
 
     def _undo(self, futures: Sequence[asyncio.Future[Reply | ForebayError]]) -> None:
         """Give back what replies granted that nobody will see."""
@@ -310,7 +315,10 @@ class AsyncLink:
 
 
 async def _to_the_end(work: Callable[[], T]) -> T:
-    """Run in a thread; if cancelled meanwhile, wait for the thread first: it may be writing to slots."""
+    """Run in a thread; if cancelled meanwhile, wait for the thread first: it may be writing to slots.
+
+    That they may still be written to then goes before the cancellation, which comes at the task's next wait.
+    """
     future = asyncio.get_running_loop().run_in_executor(None, work)
     try:
         return await asyncio.shield(future)
@@ -320,8 +328,13 @@ async def _to_the_end(work: Callable[[], T]) -> T:
                 await asyncio.wait([future])
             except asyncio.CancelledError:
                 continue
-        if not future.cancelled():
-            future.exception()
+        error = None if future.cancelled() else future.exception()
+        if isinstance(error, CopyTimeout):
+            task = asyncio.current_task()
+            if task is not None:
+                task.uncancel()
+                task.cancel()
+            raise error from None
         raise
 
 

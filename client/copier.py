@@ -23,6 +23,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from forebay.client.segments import Addresses, SegmentTable, raw_array
+from forebay.kvstore.errors import ForebayError
+
+LEGACY_STREAM = 0
+"""Handle of CUDA's legacy default stream: what is enqueued there comes after all of every blocking stream."""
 
 HELD_PIECE_BYTES_MAX = 256 * 1024
 """Pieces up to this size are moved with the GIL held: handing it over may cost more than the copy."""
@@ -47,6 +51,10 @@ WINDOW_BYTES_MAX = 1 << 62
 WINDOW_RANGES_MAX = 4
 
 
+class CopyTimeout(ForebayError):
+    """A copy has not ended in time and may still be moving bytes: neither side's memory may be given away."""
+
+
 @dataclass(frozen=True, slots=True)
 class CopyPlan:
     """Which blocks of a table belong to which slots, in order.
@@ -57,6 +65,9 @@ class CopyPlan:
         addresses: int64 (n,), where each block's slot begins in this process.
         slot_bytes: distance of adjacent slots, at least the table's block_bytes.
         owners: slab mappings to keep alive until the copy has ended.
+        stream: of device memory: handle of the CUDA stream after whose work the copy comes; None: after nothing.
+        sums: uint64 (n,) of zeros: the checksums of the blocks that were copied, told by a copier that makes them on
+            the way, as each of device memory does. Others leave it alone. None: nobody asks.
     """
 
     table: SegmentTable
@@ -64,10 +75,15 @@ class CopyPlan:
     addresses: Addresses
     slot_bytes: int
     owners: tuple[object, ...]
+    stream: int | None = LEGACY_STREAM
+    sums: NDArray[np.uint64] | None = None
 
 
 class Copier(Protocol):
-    """Executes plans; blocks until the bytes have moved. May be called by several threads at once."""
+    """Executes plans; blocks until the bytes have moved. May be called by several threads at once.
+
+    Raises CopyTimeout where it cannot tell that they do not move any more.
+    """
 
     def gather(self, plan: CopyPlan) -> Sequence[int]:
         """Paged memory -> slots. Returns the positions in the plan whose copy failed, ascending."""

@@ -6,7 +6,8 @@ loops around these generators, so the dance of a fetch and of a store is written
 
 Rules of the dance: bytes that were copied out count only if the generations still agree after the copy; only
 slots that the daemon said to write are written; after one failed block of a chain the rest of its batch is given
-back too, for nobody could find what follows a gap.
+back too, for nobody could find what follows a gap. Where a copy may still be moving bytes (CopyTimeout), neither the
+slots nor the lease are given back: the daemon keeps a silent writer's slots from others, and leases end by the clock.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from forebay.client import checksums
-from forebay.client.copier import CopyPlan
+from forebay.client.copier import LEGACY_STREAM, CopyPlan, CopyTimeout
 from forebay.client.loads import NOTHING, Loads, Progress
 from forebay.client.namespaces import Namespace
 from forebay.client.places import Places, SlabMapping, no_places
@@ -202,16 +203,24 @@ class Transfer:
     hashes: Sequence[bytes]
     table: SegmentTable
     block_ids: Addresses
+    stream: int | None
 
 
 def transfer(
-    ns: Namespace, hashes: Sequence[bytes], memory: object, block_ids: Iterable[int] | None, *, writable: bool
+    ns: Namespace,
+    hashes: Sequence[bytes],
+    memory: object,
+    block_ids: Iterable[int] | None,
+    *,
+    writable: bool,
+    stream: int | None = LEGACY_STREAM,
 ) -> Transfer:
     """Check what an engine asks to move; no I/O.
 
     Args:
         memory: a SegmentTable, or what `SegmentTable.of` takes with blocks along axis 0.
         block_ids: where each hash's block lies in it; None: 0, 1, 2, ...
+        stream: see `CopyPlan`.
     Raises:
         LayoutError, BadRequest: the caller's bug.
     """
@@ -223,7 +232,7 @@ def transfer(
     ids = table.checked_ids(range(len(hashes)) if block_ids is None else block_ids, len(hashes))
     if writable and len(set(ids.tolist())) != len(ids):
         raise BadRequest("two hashes may not be fetched into one block")
-    return Transfer(ns, hashes, table, ids)
+    return Transfer(ns, hashes, table, ids, stream)
 
 
 # --- small operations ---------------------------------------------------------------------------------------
@@ -400,9 +409,11 @@ def _mapped(attachment: Attachment, handle: OpenNamespaceReply, slab: int) -> St
     return mapping
 
 
-def _plan(work: Transfer, first: int, places: Places, handle: OpenNamespaceReply) -> CopyPlan:
-    ids = work.block_ids[first : first + len(places)]
-    return CopyPlan(work.table, ids, places.addresses, handle.slot_bytes, places.mappings)
+def _plan(
+    work: Transfer, ids: Addresses, places: Places, handle: OpenNamespaceReply, *, with_checksums: bool
+) -> CopyPlan:
+    sums = np.zeros(len(ids), np.uint64) if with_checksums else None
+    return CopyPlan(work.table, ids, places.addresses, handle.slot_bytes, places.mappings, work.stream, sums)
 
 
 # --- reading ------------------------------------------------------------------------------------------------
@@ -521,8 +532,12 @@ class _Fetch:
                 return "miss"
             try:
                 blocks, reason = yield from self._load(handle, held)
-            finally:
-                standing = yield Post(ReleaseRequest(held.lease))
+            except CopyTimeout:  # a device may still read the slots: the lease ends by the clock
+                raise
+            except BaseException:
+                yield Post(ReleaseRequest(held.lease))
+                raise
+            standing = yield Post(ReleaseRequest(held.lease))
             if not standing:  # nobody moves the generations of a dead daemon on
                 raise PeerLost("the daemon went away during the copy")
             self.loaded += blocks
@@ -554,16 +569,18 @@ class _Fetch:
 
     def _load_range(self, handle: OpenNamespaceReply, held: Held, first: int, last: int) -> Steps[tuple[int, str]]:
         """Copy a lease's blocks `first` to `last - 1`; returns how many of them are right and what stopped them."""
-        places = held.places.part(first, last)
-        plan = _plan(self._work, self.loaded + first, places, handle)
+        places, expected = held.places.part(first, last), held.checksums[first:last]
+        verify = self._verify and bool(expected.any())
+        ids = self._work.block_ids[self.loaded + first : self.loaded + last]
+        plan = _plan(self._work, ids, places, handle, with_checksums=verify)
         failed: Sequence[int] = yield Copy(plan, to_slots=False)
         right, reason = places.verified(), ""
         if right < len(places):
             reason = "stale"
         if failed and failed[0] < right:
             right, reason = failed[0], "failed"
-        if self._verify:
-            corrupt = yield from _corrupt(plan, held.checksums[first : first + right])
+        if verify:
+            corrupt = yield from _corrupt(plan, expected[:right])
             if corrupt is not None:
                 right, reason = corrupt, "corrupt"
         return right, reason
@@ -574,7 +591,10 @@ def _corrupt(plan: CopyPlan, expected: NDArray[np.uint64]) -> Steps[int | None]:
     known = np.flatnonzero(expected)
     if not len(known):
         return None
-    found = yield Compute(partial(checksums.of_paged, plan.table, plan.block_ids[known]))
+    if plan.table.device is not None and plan.sums is not None:
+        found = plan.sums[known]
+    else:
+        found = yield Compute(partial(checksums.of_paged, plan.table, plan.block_ids[known]))
     wrong = known[found != expected[known]]
     return int(wrong[0]) if len(wrong) else None
 
@@ -597,13 +617,52 @@ def reserve(attachment: Attachment, ns: Namespace, parent: bytes, hashes: Sequen
     return (yield from _granted(attachment, handle, reply, len(hashes)))
 
 
-def commit(grant: Grant, failed: Sequence[int], *, with_checksums: bool) -> Steps[int]:
-    """Publish what the caller wrote in place; returns how many blocks that were."""
+@dataclass(frozen=True, slots=True)
+class Filled:
+    """Slots of a grant that were copied into.
+
+    Attributes:
+        failed: positions whose copy failed, ascending, those without a place included.
+        sums: checksums that were made on the way, uint64, one for each place; 0 where none was.
+        moving: bytes may still be moving; the reservation must be neither committed nor aborted.
+    """
+
+    failed: Sequence[int]
+    sums: NDArray[np.uint64]
+    moving: bool = False
+
+
+def fill(
+    grant: Grant, table: SegmentTable, ids: Addresses, stream: int | None, *, with_checksums: bool
+) -> Steps[Filled]:
+    """Copy blocks of an engine's memory into a grant's slots: `ids` has one for each block to write."""
+    places, everything = grant.places, range(len(ids))
+    sums = np.zeros(len(places), np.uint64)
+    if not len(places) or not all(mapping.writable for mapping in places.mappings):
+        return Filled(everything, sums)
+    here, slot_bytes = len(places), places.mappings[0].slot_bytes
+    asked = sums if with_checksums else None
+    plan = CopyPlan(table, ids[:here], places.addresses, slot_bytes, places.mappings, stream, asked)
+    try:
+        failed = yield Copy(plan, to_slots=True)
+    except CopyTimeout:
+        return Filled(everything, sums, moving=True)
+    return Filled([*failed, *everything[here:]], sums)
+
+
+def commit(
+    grant: Grant, failed: Sequence[int], *, with_checksums: bool, known: NDArray[np.uint64] | None = None
+) -> Steps[int]:
+    """Publish what the caller wrote in place; returns how many blocks that were.
+
+    Args:
+        known: checksums that need not be made, one for each place; 0 where there is none.
+    """
     sums = b""
     try:
         if with_checksums:
             written = sorted(set(range(len(grant.places))).difference(failed))
-            sums = yield from _checksums(grant, written)
+            sums = yield from _checksums(grant, written, known)
         request = CommitRequest(grant.reservation, join_u32(failed), sums)
     except BaseException:
         yield Post(AbortRequest(grant.reservation))
@@ -611,11 +670,15 @@ def commit(grant: Grant, failed: Sequence[int], *, with_checksums: bool) -> Step
     return (yield from call(request, CommitReply)).count
 
 
-def _checksums(grant: Grant, written: Sequence[int]) -> Steps[bytes]:
-    """A blob of one checksum for each block to write, 0 for those not written."""
+def _checksums(grant: Grant, written: Sequence[int], known: NDArray[np.uint64] | None) -> Steps[bytes]:
+    """A blob of one checksum for each block to write, 0 for those not written; what is not known is hashed."""
     sums = np.zeros(grant.codes.count(BlockOutcome.STORED), np.dtype("<u8"))
-    if written:
-        places, at = grant.places, np.asarray(written, np.int64)
+    at = np.asarray(written, np.int64)
+    if known is not None:
+        sums[at] = known[at]
+        at = at[sums[at] == 0]
+    if len(at):
+        places = grant.places
         sums[at] = yield Compute(partial(checksums.of_slots, places.addresses[at], places.block_bytes))
     return sums.tobytes()
 
@@ -754,19 +817,22 @@ class _Store:
         Returns the reply to the next batch's reserve, which is asked for meanwhile if there is one.
         """
         positions = [first + i for i, code in enumerate(grant.codes) if code == BlockOutcome.STORED]
-        ready, sums, reply = len(grant.places), b"", None
+        ready, sums, known, reply = len(grant.places), b"", None, None
         try:
             if not all(mapping.writable for mapping in grant.places.mappings):
                 ready = 0
             if ready:
-                failed, reply = yield from self._copy(grant, positions[:ready], last)
-                ready = min([ready, *failed])
+                ids = self._work.block_ids[positions[:ready]]
+                plan = _plan(self._work, ids, grant.places, self._handle, with_checksums=self._with_checksums)
+                failed, reply = yield from self._copy(plan, last)
+                ready, known = min([ready, *failed]), plan.sums
             if self._with_checksums:
-                sums = yield from _checksums(grant, range(ready))
-        except BaseException:
+                sums = yield from _checksums(grant, range(ready), known)
+        except BaseException as error:
             for position in positions:
                 self._codes[position] = BlockOutcome.FAILED
-            yield Post(AbortRequest(grant.reservation))
+            if not isinstance(error, CopyTimeout):  # a device may still write to the slots: nobody may get them
+                yield Post(AbortRequest(grant.reservation))
             unwanted = None if reply is None else undo(reply)
             if unwanted is not None:
                 yield Post(unwanted)
@@ -784,12 +850,7 @@ class _Store:
         self._written = _Written(request, tuple(positions[:ready]))
         return reply
 
-    def _copy(
-        self, grant: Grant, positions: Sequence[int], last: int
-    ) -> Steps[tuple[Sequence[int], Reply | ForebayError | None]]:
-        places = grant.places
-        ids = self._work.block_ids[positions]
-        plan = CopyPlan(self._work.table, ids, places.addresses, self._handle.slot_bytes, places.mappings)
+    def _copy(self, plan: CopyPlan, last: int) -> Steps[tuple[Sequence[int], Reply | ForebayError | None]]:
         goes_on = last < len(self._work.hashes) and self._codes[last - 1] in _FOUND
         commit = self._commit()
         requests = (*commit, self._reserve(last)) if goes_on else commit

@@ -5,18 +5,20 @@ Both clients hand out the same ones: giving back is a message that nobody waits 
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from forebay.client.core import Attachment, Grant, Held, holds_nothing
+from forebay.client.core import Attachment, Filled, Grant, Held, holds_nothing
 from forebay.client.loads import Progress
 from forebay.client.namespaces import Namespace
 from forebay.client.places import no_places
 from forebay.client.results import BlockOutcome, StoreResult
-from forebay.kvstore.errors import ForebayError
+from forebay.client.segments import Addresses, SegmentTable
+from forebay.kvstore.errors import ForebayError, LayoutError
 from forebay.transports.messages import AbortRequest, ReleaseRequest, Request
 
 
@@ -120,6 +122,7 @@ class BaseReservation:
         self.codes = grant.codes
         self._grant = grant
         self._places = grant.places
+        self._sums: NDArray[np.uint64] | None = None
         self._holder = link if grant.reservation else None
         if link is not None and self._holder is None:
             link.leave()
@@ -134,6 +137,21 @@ class BaseReservation:
         Fewer than were granted when a slab could not be mapped: commit the rest as failed.
         """
         return self._places.views(writable=True)
+
+    def _checked(self, source: SegmentTable, block_ids: Iterable[int]) -> Addresses:
+        if source.block_bytes != self._places.block_bytes:
+            raise LayoutError(f"blocks of {source.block_bytes} bytes; the slots hold {self._places.block_bytes}")
+        return source.checked_ids(block_ids, self.codes.count(BlockOutcome.STORED))
+
+    def _filled(self, filled: Filled | None, count: int) -> Sequence[int]:
+        """Book what became of a copy into the slots. While bytes may still move, the holder is not let go of."""
+        if filled is None:
+            return range(count)
+        if filled.moving:
+            self._holder = None
+        else:
+            self._sums = filled.sums
+        return filled.failed
 
     def abort(self) -> None:
         """Give the slots back; does not wait. Idempotent."""

@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from forebay.client.conversation import Conversation
-from forebay.client.copier import Copier
+from forebay.client.copier import Copier, CopyTimeout
 from forebay.client.core import (
     Action,
     Attachment,
@@ -347,7 +347,12 @@ class Link:
             raise
 
     def _copy(self, action: Copy) -> Sequence[int]:
-        return (self._copier.gather if action.to_slots else self._copier.scatter)(action.plan)
+        try:
+            return (self._copier.gather if action.to_slots else self._copier.scatter)(action.plan)
+        except CopyTimeout:
+            self.enter()
+            held_open.append(self)
+            raise
 
     def _in_turn(self, work: Callable[[float], T]) -> T:
         """Do something with the control socket, handing it the deadline; threads take turns."""
@@ -446,6 +451,13 @@ class Link:
             self._hand_on()
         except PeerError:
             return  # the fault is noted, and the next action raises it
+
+
+held_open: list[object] = []
+"""Links on which bytes may still be moving: the end of their session would give the slots to others.
+
+They stay open as long as the process lives.
+"""
 
 
 def nothing_told() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 from forebay.client.copy_threads import THREADS_MAX, ParallelCopier, auto_threads
+from forebay.client.device_copier import DeviceCopier
 from forebay.kvstore.errors import BadRequest
 from forebay.transports.packets import CLIENT_GROUP_BYTES_MAX, CLIENT_NAME_CHARS_MAX
 
@@ -30,7 +31,7 @@ class ClientOptions:
         copy_cpus: cores for the helping threads, one each in turn; empty: any that the process may use. For engines
             that pin their own threads, and for kernels that pack threads on one core.
         verify: ``load`` compares the checksum of each fetched block, where one is known, with the bytes that
-            arrived in the engine's memory; a fetch then reads what it wrote once more.
+            arrived in the engine's memory; a fetch then reads what it wrote once more. A GPU hashes as it copies.
         checksum_stores: send the checksum of each block stored; whoever verifies can then tell a bit that flipped.
             A store then reads what it wrote once more.
     """
@@ -58,6 +59,6 @@ class ClientOptions:
         if self.verify not in ("off", "load"):
             raise BadRequest("verify must be 'off' or 'load'")
 
-    def copier(self) -> ParallelCopier:
+    def copier(self) -> DeviceCopier:
         """What moves the bytes of a client with these options."""
-        return ParallelCopier(self.copy_threads or auto_threads(), self.copy_cpus)
+        return DeviceCopier(ParallelCopier(self.copy_threads or auto_threads(), self.copy_cpus))

@@ -20,7 +20,7 @@ from forebay.transports.packets import SlabMap
 from forebay.transports.shm import map_received, table_bytes
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class SlabMapping:
     """One slab mapped into this process; the memory stays mapped as long as anything refers to it.
 

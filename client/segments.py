@@ -4,12 +4,14 @@ Segment s of block b is ``sizes[s]`` bytes at ``bases[s] + b * strides[s]``. Tha
 paged layout (NHD, HND, K and V apart or fused, one tensor a layer or one for all, MLA, a dense cache whose
 blocks are ranges of tokens), so the copiers know addresses and nothing about attention. Tensors are read by
 duck typing (`data_ptr`, `stride`, `element_size`, `device`): importing torch to look at a torch tensor would
-cost every engine-less tool its start-up time, and numpy has no bfloat16 to convert to.
+cost every engine-less tool its start-up time, and numpy has no bfloat16 to convert to. The addresses are of host memory
+or of one CUDA device; those of a device are never touched here.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from forebay.kernels.layout import Layout
 from forebay.kvstore.errors import LayoutError
 from forebay.kvstore.namespace import SEGMENTS_MAX
 
@@ -53,18 +56,21 @@ class SegmentTable:
         sizes: bytes of each segment, in the order in which they lie in a slot.
         blocks: valid block ids are 0 to ``blocks - 1``.
         writable: may be the destination of a fetch.
+        device: index of the CUDA device whose memory this is; None: host memory.
 
     The table owns a reference to each array it was built from, so the memory outlives the table's copies.
     Neighbouring segments that are contiguous in memory are one segment.
     """
 
     __slots__ = (
+        "__weakref__",
+        "_rows",
         "bases",
         "block_bytes",
         "blocks",
+        "device",
         "offsets",
         "owners",
-        "rows",
         "sizes",
         "strides",
         "writable",
@@ -79,6 +85,7 @@ class SegmentTable:
         *,
         writable: bool,
         owners: tuple[object, ...],
+        device: int | None = None,
     ) -> None:
         if blocks < 1 or not len(sizes) or int(sizes.min()) < 1:
             raise LayoutError("the memory holds no whole block")
@@ -95,10 +102,20 @@ class SegmentTable:
         overlapping |= blocks > 1 and bool((np.abs(self.strides) < joined).any())
         self.writable = writable and not overlapping
         self.owners = owners
-        self.rows: list[NDArray[Any]] = [
-            raw_array(base, (blocks, 1), (stride, size), size)
-            for base, stride, size in zip(self.bases.tolist(), self.strides.tolist(), self.sizes, strict=True)
-        ]
+        self.device = device
+        self._rows: list[NDArray[Any]] = []
+        if device is None:
+            self._rows = [
+                raw_array(base, (blocks, 1), (stride, size), size)
+                for base, stride, size in zip(self.bases.tolist(), self.strides.tolist(), self.sizes, strict=True)
+            ]
+
+    @property
+    def rows(self) -> list[NDArray[Any]]:
+        """Of each segment: items of its size, (blocks, 1). Raises LayoutError where that is a device's memory."""
+        if self.device is not None:
+            raise LayoutError(f"the blocks are in the memory of CUDA device {self.device}, which a CPU cannot read")
+        return self._rows
 
     @classmethod
     def of(
@@ -113,29 +130,35 @@ class SegmentTable:
         """The table of one array, or of several whose segments follow each other (one or two per layer).
 
         Args:
-            memory: numpy array or torch CPU tensor of any dtype, or a sequence of them, all with as many blocks.
+            memory: numpy array, torch tensor on the CPU or on CUDA, or array with ``__cuda_array_interface__``
+                (cupy), of any dtype; or a sequence of them, all with as many blocks and in one memory.
                 The order of the sequence, and C order within an array, is the order of the bytes in a slot.
             block_axis: the axis that counts blocks, in each array.
             token_axis: for dense caches instead: the axis that counts tokens; a block is a range of
                 `block_tokens` tokens and a trailing partial block has no id.
             writable: False for a source that must never be a fetch's destination.
         Raises:
-            LayoutError: not CPU memory, no whole block, different block counts, or too scattered.
+            LayoutError: neither host nor CUDA memory, or several of them; no whole block, different block counts, or
+                too scattered.
         """
         arrays = list(memory) if isinstance(memory, (list, tuple)) else [memory]
         if not arrays:
             raise LayoutError("no arrays to build a segment table of")
-        parts, blocks = [], set()
+        parts, blocks, devices = [], set(), set()
         for array in arrays:
             region = _describe(array)
+            devices.add(region.device)
             axes, block = _axes(region, block_axis, token_axis, block_tokens)
             parts.append(_segments(region, axes, block))
             blocks.add(block[0])
             writable = writable and region.writable
         if len(blocks) != 1:
             raise LayoutError(f"arrays of one table hold as many blocks each, not {sorted(blocks)}")
+        if len(devices) != 1:
+            raise LayoutError("arrays of one table lie in one memory, not on several devices")
         bases, strides, sizes = (np.concatenate(column) for column in zip(*parts, strict=True))
-        return cls(bases, strides, sizes, blocks.pop(), writable=writable, owners=tuple(arrays))
+        owners = tuple(arrays)
+        return cls(bases, strides, sizes, blocks.pop(), writable=writable, owners=owners, device=devices.pop())
 
     @classmethod
     def packed(cls, memory: object, block_bytes: int, *, writable: bool = True) -> SegmentTable:
@@ -151,7 +174,8 @@ class SegmentTable:
         one = np.array([region.address], np.int64)
         width = np.array([block_bytes], np.int64)
         writable = writable and region.writable
-        return cls(one, width, width, size // block_bytes, writable=writable, owners=(memory,))
+        blocks = size // block_bytes
+        return cls(one, width, width, blocks, writable=writable, owners=(memory,), device=region.device)
 
     @classmethod
     def from_pointers(
@@ -163,14 +187,18 @@ class SegmentTable:
         *,
         owner: object,
         writable: bool = True,
+        device: int | None = None,
     ) -> SegmentTable:
-        """The table of raw addresses; the caller vouches that `blocks` blocks are mapped there."""
+        """The table of raw addresses, of host memory or of a CUDA device's.
+
+        The caller vouches that `blocks` blocks are mapped there.
+        """
         if not len(bases) == len(strides) == len(segment_bytes):
             raise LayoutError("bases, strides and segment_bytes must be as many")
         if min(bases, default=0) <= 0:
             raise LayoutError("a base address must be positive")
         first, step, size = (np.array(column, np.int64) for column in (bases, strides, segment_bytes))
-        return cls(first, step, size, blocks, writable=writable, owners=(owner,))
+        return cls(first, step, size, blocks, writable=writable, owners=(owner,), device=device)
 
     def checked_ids(self, block_ids: Iterable[int], count: int) -> Addresses:
         """`count` block ids as int64, or LayoutError: too few, too many, or one outside the memory."""
@@ -186,6 +214,10 @@ class SegmentTable:
         reach = (self.blocks - 1) * self.strides
         sizes = np.array(self.sizes, np.int64)
         return self.bases + np.minimum(reach, 0), self.bases + np.maximum(reach, 0) + sizes
+
+    def layout(self) -> Layout:
+        """The same as the kernels are told it. Raises ValueError: a block too large for them to address."""
+        return Layout.of(self.bases, self.strides, np.array(self.sizes, np.int64))
 
     def check_layout(self, segment_bytes: Sequence[int]) -> None:
         """Raise LayoutError unless this table cuts the same bytes: each cut of one side is also one of the other.
@@ -211,6 +243,7 @@ class _Region:
     strides: tuple[int, ...]
     item_bytes: int
     writable: bool
+    device: int | None = None
 
 
 def _describe(array: Any) -> _Region:
@@ -219,13 +252,36 @@ def _describe(array: Any) -> _Region:
             raise LayoutError("arrays of Python objects have no bytes to store")
         address = int(array.__array_interface__["data"][0])
         return _Region(address, array.shape, array.strides, array.itemsize, array.flags.writeable)
-    if not all(hasattr(array, name) for name in ("data_ptr", "stride", "element_size", "device")):
-        raise LayoutError(f"neither a numpy array nor a tensor: {type(array).__name__}")
-    if getattr(array.device, "type", "cpu") != "cpu":
-        raise LayoutError(f"the tensor is on {array.device}; only CPU memory can be copied")
-    item = int(array.element_size())
-    strides = tuple(int(stride) * item for stride in array.stride())
-    return _Region(int(array.data_ptr()), tuple(int(n) for n in array.shape), strides, item, True)
+    if all(hasattr(array, name) for name in ("data_ptr", "stride", "element_size", "device")):
+        return _describe_tensor(array)
+    if hasattr(array, "__cuda_array_interface__"):
+        return _describe_cuda(array)
+    raise LayoutError(f"neither a numpy array nor a tensor: {type(array).__name__}")
+
+
+def _describe_tensor(tensor: Any) -> _Region:
+    kind = getattr(tensor.device, "type", "cpu")
+    if kind not in ("cpu", "cuda"):
+        raise LayoutError(f"the tensor is on {tensor.device}; only CPU and CUDA memory can be copied")
+    item = int(tensor.element_size())
+    strides = tuple(int(stride) * item for stride in tensor.stride())
+    device = int(tensor.device.index or 0) if kind == "cuda" else None
+    return _Region(int(tensor.data_ptr()), tuple(int(n) for n in tensor.shape), strides, item, True, device)
+
+
+def _describe_cuda(array: Any) -> _Region:
+    """Of an array with ``__cuda_array_interface__``, which says everything but on which device it is."""
+    told = array.__cuda_array_interface__
+    device = getattr(getattr(array, "device", None), "id", None)
+    if not isinstance(device, int):
+        raise LayoutError(f"{type(array).__name__} does not say on which device it is: device.id")
+    dtype = np.dtype(told["typestr"])
+    shape = tuple(int(n) for n in told["shape"])
+    strides = told.get("strides")
+    if strides is None:
+        strides = tuple(dtype.itemsize * math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+    address, read_only = told["data"]
+    return _Region(int(address), shape, tuple(map(int, strides)), dtype.itemsize, not read_only, device)
 
 
 Axis = tuple[int, int]

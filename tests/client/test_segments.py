@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from forebay.client.segments import SegmentTable, raw_array
 from forebay.kvstore.errors import LayoutError
 from forebay.kvstore.namespace import SEGMENTS_MAX
+from support.device_arrays import CudaArray, CudaTensor
 
 
 def block_bytes(table: SegmentTable, block: int) -> bytes:
@@ -92,19 +93,61 @@ def test_torch_tensors_of_any_dtype_are_read_by_duck_typing() -> None:
         assert table.writable
 
 
-def test_a_tensor_that_is_not_in_cpu_memory_is_refused() -> None:
+def test_a_tensor_in_memory_of_neither_cpu_nor_cuda_is_refused() -> None:
     class Device:
-        type = "cuda"
+        type = "xpu"
 
         def __str__(self) -> str:
-            return "cuda:0"
+            return "xpu:0"
 
     class Tensor:
         device, shape = Device(), (1,)
         data_ptr = stride = element_size = lambda self: 1
 
-    with pytest.raises(LayoutError, match="cuda:0"):
+    with pytest.raises(LayoutError, match="xpu:0"):
         SegmentTable.of(Tensor())
+
+
+@pytest.mark.parametrize("kind", [CudaTensor, CudaArray])
+def test_arrays_of_a_gpu_are_described_as_those_of_the_host_and_never_touched(kind: Any) -> None:
+    """Torch's by duck typing, cupy's by their interface; views with gaps and blocks on a later axis too."""
+    whole = numbered(2, 6, 4, 8)
+    for memory, axis in ((whole, 1), (whole[:, ::2, 1:3], 1), (whole[0], 0)):
+        host, there = SegmentTable.of(memory, block_axis=axis), SegmentTable.of(kind(memory, 3), block_axis=axis)
+        assert (host.device, there.device) == (None, 3)
+        assert (there.blocks, there.sizes, there.writable) == (host.blocks, host.sizes, host.writable)
+        assert there.bases.tolist() == host.bases.tolist()
+        assert there.strides.tolist() == host.strides.tolist()
+        with pytest.raises(LayoutError, match="device 3"):
+            _ = there.rows
+    assert SegmentTable.packed(kind(whole, 1), 32).device == 1
+
+
+def test_a_read_only_array_of_a_gpu_is_no_destination() -> None:
+    table = SegmentTable.of(CudaArray(numbered(6, 16), read_only=True))
+    with pytest.raises(LayoutError, match="read-only"):
+        table.check_writable()
+
+
+def test_a_table_lies_in_one_memory() -> None:
+    memory = numbered(2, 6, 16)
+    for other in (memory[1], CudaArray(memory[1], 1)):
+        with pytest.raises(LayoutError, match="one memory"):
+            SegmentTable.of([CudaTensor(memory[0], 0), other])
+    assert SegmentTable.of([CudaTensor(memory[0], 1), CudaArray(memory[1], 1)]).device == 1
+
+
+def test_an_array_that_does_not_say_which_gpu_it_is_on_is_refused() -> None:
+    array = CudaArray(numbered(6, 16))
+    array.device = None
+    with pytest.raises(LayoutError, match=r"device\.id"):
+        SegmentTable.of(array)
+
+
+def test_pointers_may_be_a_gpus() -> None:
+    table = SegmentTable.from_pointers([4096], [64], [64], 4, owner=None, device=2)
+    assert (table.device, table.layout().block_bytes) == (2, 64)
+    assert SegmentTable.from_pointers([4096], [64], [64], 4, owner=None).device is None
 
 
 def test_packed_buffers_are_cut_into_blocks() -> None:

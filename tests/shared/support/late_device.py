@@ -52,7 +52,7 @@ class LateDevice:
     def __init__(self, seed: int) -> None:
         self._random = random.Random(seed)
         self._lock = threading.RLock()
-        self._streams: dict[int, _Stream] = {}
+        self._streams: dict[int, _Stream] = {0: _Stream()}
         self._pinned: dict[int, int] = {}
         self._memory: weakref.WeakSet[Any] = weakref.WeakSet()
         self.kernels = LateKernels(self)
@@ -66,7 +66,7 @@ class LateDevice:
 
     def stream(self, *, urgent: bool) -> int:
         with self._lock:
-            handle = len(self._streams) + 1
+            handle = len(self._streams)
             self._streams[handle] = _Stream()
             return handle
 
