@@ -147,9 +147,7 @@ class DeviceCopier:
 
     def _pin(self, side: _Side, plan: CopyPlan) -> None:
         """Have the plan's slabs pinned, those that were not given to the engine before."""
-        for mapping in set(plan.owners):
-            if not isinstance(mapping, SlabMapping):
-                continue
+        for mapping in {owner for owner in plan.owners if isinstance(owner, SlabMapping)}:
             with self._lock:
                 if mapping in side.slabs:
                     continue

@@ -325,12 +325,21 @@ class DmaEngine:
             try:
                 transfer = self._enqueue(lane, job) if seen is not None else self._bounced(lane, job)
             except DmaTimeout:
+                self._leave(lane, after)
                 raise
             except Exception as error:
                 self._drain(lane, self._deadline())
                 raise DmaError(f"{direction.value} failed: {type(error).__name__}: {error}") from error
             lane.pending.append(transfer)
             return transfer
+
+    def _leave(self, lane: _Lane, after: int | None) -> None:
+        """A transfer may still be moving: keep what it uses, and let what comes on the caller's stream wait for it."""
+        lane.holding.append(lane.bounce)
+        lane.bounce = []
+        if after is not None:
+            for stream in (lane.copying, lane.kernel):
+                self._device.wait(after, self._recorded(stream))
 
     def _enqueue(self, lane: _Lane, job: _Job) -> Transfer:
         layout, count = job.layout, len(job)
@@ -500,6 +509,7 @@ class DmaEngine:
             ids, regions = job.block_ids[inside], np.zeros(len(hosts), np.int64)
             part = replace(job, block_ids=ids, hosts=places, seen=places, regions=regions)
             parts.append((self._enqueue(lane, part), places, hosts))
+            lane.pending.append(parts[-1][0])
         for settled in parts[-2:]:
             self._settle(lane, job, settled)
         sums = [part._checksums[0] for part, _, _ in parts if part._checksums is not None]

@@ -166,3 +166,4 @@ class PinnedRegions:
                     self._regions[region.address] = (region, offset)
                     self._reindex()
                 self._changed.notify_all()
+            del region  # it would keep its owner until the next one comes

@@ -172,6 +172,27 @@ def test_a_gpu_that_hangs_is_an_error_in_time_and_its_memory_stays() -> None:
     r.engine.close(5)
 
 
+@pytest.mark.parametrize("strategy", list(Strategy))
+def test_a_bounced_transfer_that_hangs_keeps_what_it_uses_and_the_next_one_uses_other_memory(
+    strategy: Strategy,
+) -> None:
+    """What runs late still finds its ids, and no bytes of its own in the next one's buffer."""
+    quick = DmaOptions(chunk_bytes=3 * BLOCK_BYTES, ring_chunks=2, timeout_s=0.05)
+    r = rig(13, pinned=False, options=quick)
+    loads = [bytes(r.slots[block]) for block in range(2)]
+    r.device.hung = True
+    with pytest.raises(DmaTimeout):
+        r.engine.load(r.layout, np.arange(2), r.addresses(range(2)), strategy=strategy, checksums=True)
+    with pytest.raises(DmaTimeout):
+        r.engine.store(r.layout, np.arange(4, 6), r.addresses(range(4, 6)), strategy=strategy, checksums=True)
+    gc.collect()
+    r.device.hung = False
+    r.engine.store(r.layout, np.arange(6, 8), r.addresses(range(6, 8))).wait(5)
+    r.device.settle()
+    assert [r.payload(block) for block in range(2)] == loads
+    assert [bytes(r.slots[block]) for block in range(6, 8)] == [r.payload(block) for block in range(6, 8)]
+
+
 def test_no_more_is_enqueued_than_may_be_in_flight() -> None:
     quick = DmaOptions(chunk_bytes=BLOCK_BYTES, inflight_bytes=4 * BLOCK_BYTES, timeout_s=0.05)
     r = rig(5, options=quick)
