@@ -10,6 +10,7 @@ import pytest
 import xxhash
 
 from forebay.client import core
+from forebay.client.copier import CopyTimeout
 from forebay.client.loads import Progress
 from forebay.client.namespaces import Namespace
 from forebay.client.places import SlabMapping
@@ -19,6 +20,7 @@ from forebay.kvstore.namespace import NamespaceSpec
 from forebay.kvstore.outcome import Outcome
 from forebay.transports import messages as m
 from forebay.transports.packets import Ready
+from support.device_arrays import CudaTensor
 
 SPEC = NamespaceSpec(model="m", revision="1", dtype="uint8", block_tokens=4, segment_bytes=(4096,))
 NS = Namespace.of(SPEC)
@@ -564,6 +566,110 @@ def test_a_commit_in_place_that_cannot_be_sent_gives_the_slots_back(
     with pytest.raises(KeyboardInterrupt):
         script.run(core.commit(grant, [], with_checksums=True))
     assert script.actions[-1] == core.Post(m.AbortRequest(8))
+
+
+def on_gpu(hashes: list[bytes], *, writable: bool = True) -> core.Transfer:
+    """As `work`, with blocks in a GPU's memory, which nothing here may touch."""
+    memory = CudaTensor(np.zeros((len(hashes), 4096), np.uint8))
+    return core.transfer(NS, hashes, memory, None, writable=writable, stream=5)
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_blocks_on_a_gpu_are_verified_by_the_checksums_of_their_copy(script: Script, verify: bool) -> None:
+    script.replies[m.AcquireRequest] = lease(0, 1, 2, checksums=m.join_u64([11, 0, 13]))
+    asked: list[bool] = []
+
+    def copied(copy: core.Copy) -> Any:
+        assert copy.plan.stream == 5
+        asked.append(copy.plan.sums is not None)
+        if copy.plan.sums is not None:
+            copy.plan.sums[:] = [11, 12, 14]
+        return ()
+
+    script.on_copy = copied
+    result = script.run(core.fetch(script.attachment, on_gpu(HASHES[:3]), 0, LATE_S, strict=True, verify=verify))
+    assert result == (FetchResult(2, 2 * 4096, "corrupt") if verify else FetchResult(3, 3 * 4096, ""))
+    assert asked == [verify]
+    assert not any(isinstance(action, core.Compute) for action in script.actions)
+
+
+def test_a_copy_hashes_nothing_where_no_checksum_is_known(script: Script) -> None:
+    script.replies[m.AcquireRequest] = lease(0, 1, checksums=m.join_u64([0, 0]))
+    plans = []
+    script.on_copy = lambda copy: plans.append(copy.plan) or ()
+    assert (
+        script.run(core.fetch(script.attachment, on_gpu(HASHES[:2]), 0, LATE_S, strict=True, verify=True)).blocks == 2
+    )
+    assert plans[0].sums is None
+
+
+def test_a_store_sends_the_checksums_that_were_made_by_the_copy(script: Script) -> None:
+    script.replies[m.ReserveRequest] = m.ReserveReply(8, bytes([0, 0, 0]), *slots(0, 1, 2))
+    script.replies[m.CommitRequest] = m.CommitReply(2)
+
+    def copied(copy: core.Copy) -> Any:
+        copy.plan.sums[:] = [21, 22, 23]  # type: ignore[index]
+        return (2,)
+
+    script.on_copy = copied
+    steps = core.store(script.attachment, on_gpu(HASHES[:3], writable=False), b"", strict=True, with_checksums=True)
+    assert script.run(steps).committed == 2
+    commits = [action.requests[0] for action in script.actions if isinstance(action, core.Exchange)][-1]
+    assert commits == m.CommitRequest(8, m.join_u32([2]), m.join_u64([21, 22, 0]))
+    assert not any(isinstance(action, core.Compute) for action in script.actions)
+
+
+# --- copies that may still be moving ------------------------------------------------------------------------------
+
+
+def hang(copy: core.Copy) -> Any:
+    raise CopyTimeout("the GPU has not ended a transfer in time")
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_fetch_whose_copy_may_still_move_keeps_its_lease(script: Script, strict: bool) -> None:
+    script.replies[m.AcquireRequest] = lease(0, 1)
+    script.on_copy = hang
+    steps = core.fetch(script.attachment, on_gpu(HASHES[:2]), 0, LATE_S, strict=strict)
+    if strict:
+        with pytest.raises(CopyTimeout):
+            script.run(steps)
+    else:
+        assert script.run(steps) == FetchResult(0, 0, "copy_timeout")
+    assert script.sent()[-1] == "copy 2"
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_store_whose_copy_may_still_move_neither_commits_nor_aborts(script: Script, strict: bool) -> None:
+    script.replies[m.ReserveRequest] = m.ReserveReply(8, bytes([0, 0]), *slots(0, 1))
+    script.on_copy = hang
+    steps = core.store(script.attachment, on_gpu(HASHES[:2], writable=False), b"", strict=strict)
+    if strict:
+        with pytest.raises(CopyTimeout):
+            script.run(steps)
+    else:
+        result = script.run(steps)
+        assert (result.outcomes, result.reason) == ((BlockOutcome.FAILED,) * 2, "copy_timeout")
+    assert script.sent()[-1] == "copy 2"
+
+
+def test_slots_that_may_still_be_written_to_are_told(script: Script) -> None:
+    script.replies[m.ReserveRequest] = m.ReserveReply(8, bytes([0, 0]), *slots(0, 1))
+    grant = script.run(core.reserve(script.attachment, NS, b"", HASHES[:2]))
+    script.on_copy = hang
+    transfer = on_gpu(HASHES[:2])
+    filled = script.run(core.fill(grant, transfer.table, transfer.block_ids, None, with_checksums=True))
+    assert (list(filled.failed), filled.moving) == ([0, 1], True)
+
+
+def test_slots_without_a_mapping_count_as_failed(script: Script) -> None:
+    script.slabs[1] = mapping(slot_bytes=8192)
+    script.replies[m.ReserveRequest] = m.ReserveReply(8, bytes([0, 0, 0]), *slots(2, 3, 4))
+    grant = script.run(core.reserve(script.attachment, NS, b"", HASHES[:3]))
+    script.on_copy = lambda copy: (1,)
+    transfer = on_gpu(HASHES[:3])
+    filled = script.run(core.fill(grant, transfer.table, transfer.block_ids, None, with_checksums=False))
+    assert (list(filled.failed), filled.moving, len(filled.sums)) == ([1, 2], False, 2)
 
 
 def test_a_lookup_never_tells_of_more_than_was_asked(script: Script) -> None:
