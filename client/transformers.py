@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,6 +25,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from forebay.client.copier import LEGACY_STREAM
 from forebay.client.results import FetchResult, LookupResult, StoreResult
 from forebay.client.segments import SegmentTable
 from forebay.kvstore.errors import ForebayError, LayoutError
@@ -46,6 +48,8 @@ BLOCK_TOKENS = 16
 
 CACHE_ARGUMENT = "cache" if hasattr(CausalLMOutputWithPast, "cache") else "past_key_values"
 """What transformers calls the cache in its arguments and outputs: `cache` from 5.24 on."""
+
+_log = logging.getLogger("forebay.client")
 
 _HASH_THREADS = 4
 _HASH_CHUNK_BYTES = 64 << 20
@@ -91,9 +95,17 @@ class CacheClient(Protocol):
 
     def lookup(self, ns: Any, hashes: Sequence[bytes]) -> LookupResult: ...
 
-    def fetch(self, ns: Any, hashes: Sequence[bytes], destination: SegmentTable) -> FetchResult: ...
+    def fetch(
+        self, ns: Any, hashes: Sequence[bytes], destination: SegmentTable, *, stream: int | None = LEGACY_STREAM
+    ) -> FetchResult: ...
 
-    def store(self, ns: Any, hashes: Sequence[bytes], source: SegmentTable) -> StoreResult: ...
+    def store(
+        self, ns: Any, hashes: Sequence[bytes], source: SegmentTable, *, stream: int | None = LEGACY_STREAM
+    ) -> StoreResult: ...
+
+    def prepare(self, device: int) -> None:
+        """See `forebay.client.Client.prepare`; asked only where the model is on a GPU."""
+        ...
 
 
 @dataclass(slots=True)
@@ -169,6 +181,7 @@ class PrefixCache:
         self._client = client
         self._model = model
         self._geometry = _measure(model, block_tokens)
+        self._cuda = _usable_cuda(client, self._geometry.planes)
         self._weights_stamp = _weights_stamp(model)
         self.spec = NamespaceSpec(
             model=name or _model_name(model),
@@ -229,9 +242,10 @@ class PrefixCache:
             report.lookup_s = time.perf_counter() - begun
             if present == 0:
                 return cache
-            tensors = self._geometry.allocate(present)
+            tensors = self._geometry.allocate(present, self._cuda)
             begun = time.perf_counter()
-            fetched = self._client.fetch(self._ns, hashes[:present], self._geometry.table(tensors))
+            table = self._geometry.table(tensors, self._cuda)
+            fetched = self._client.fetch(self._ns, hashes[:present], table, stream=self._stream())
             report.fetch_s = time.perf_counter() - begun
         except ForebayError as error:
             report.failure = f"restore: {type(error).__name__}: {error}"
@@ -269,14 +283,20 @@ class PrefixCache:
             return
         begun = time.perf_counter()
         try:
-            source = self._geometry.table([plane for layer in cache.layers for plane in (layer.keys, layer.values)])
-            stored = self._client.store(self._ns, hashes, source)
+            planes = [plane for layer in cache.layers for plane in (layer.keys, layer.values)]
+            stored = self._client.store(
+                self._ns, hashes, self._geometry.table(planes, self._cuda), stream=self._stream()
+            )
             report.stored_blocks, report.rejected_blocks = stored.committed, stored.rejected
             report.failure = f"store: {stored.reason}" if stored.reason else report.failure
         except ForebayError as error:
             report.failure = f"store: {type(error).__name__}: {error}"
         report.stored_bytes = report.stored_blocks * self.spec.block_bytes
         report.store_s = time.perf_counter() - begun
+
+    def _stream(self) -> int:
+        """The CUDA stream that the model runs on, by handle."""
+        return LEGACY_STREAM if self._cuda is None else int(torch.cuda.current_stream(self._cuda).cuda_stream)
 
     def _attached(self, report: Report) -> bool:
         if self._ns is None:
@@ -452,22 +472,29 @@ class _Geometry:
         token_bytes = [self.dtype.itemsize * plane.head_dim for plane in self.planes for _ in range(plane.heads)]
         return tuple(self.block_tokens * size for size in token_bytes)
 
-    def allocate(self, blocks: int) -> list[Any]:
-        """Host tensors of `blocks` blocks, one per plane, in one allocation that lives as long as any of them.
+    def allocate(self, blocks: int, cuda: Any) -> list[Any]:
+        """Tensors of `blocks` blocks, one per plane, in one allocation that lives as long as any of them.
 
-        Made by numpy, which asks the kernel for huge pages where torch does not: filling fresh 4 KiB pages
-        costs several times the copy itself in page faults.
+        On `cuda`, or in host memory: there made by numpy, which asks the kernel for huge pages where torch does not:
+        filling fresh 4 KiB pages costs several times the copy itself in page faults.
         """
         tokens = blocks * self.block_tokens
         shapes = [(1, plane.heads, tokens, plane.head_dim) for plane in self.planes]
         counts = [math.prod(shape) for shape in shapes]
-        memory = np.empty(sum(counts) * self.dtype.itemsize, np.uint8)
-        parts = torch.split(torch.from_numpy(memory).view(self.dtype), counts)
+        if cuda is None:
+            memory = torch.from_numpy(np.empty(sum(counts) * self.dtype.itemsize, np.uint8)).view(self.dtype)
+        else:
+            memory = torch.empty(sum(counts), dtype=self.dtype, device=cuda)
+        parts = torch.split(memory, counts)
         return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
-    def table(self, tensors: Sequence[Any]) -> SegmentTable:
-        """Where blocks lie in `tensors`, one per plane; host tensors are used in place, others copied there first."""
-        return SegmentTable.of([t.cpu() for t in tensors], token_axis=2, block_tokens=self.block_tokens)
+    def table(self, tensors: Sequence[Any], cuda: Any) -> SegmentTable:
+        """Where blocks lie in `tensors`, one per plane.
+
+        Those in host memory or on `cuda` are used in place, others copied to host memory first.
+        """
+        there = tensors if cuda is not None else [tensor.cpu() for tensor in tensors]
+        return SegmentTable.of(list(there), token_axis=2, block_tokens=self.block_tokens)
 
     def fill(self, cache: Any, tensors: Sequence[Any], blocks: int) -> None:
         """Make the first `blocks` blocks of `tensors` the content of `cache`, moved to its devices."""
@@ -478,6 +505,20 @@ class _Geometry:
             )
             layer.lazy_initialization(keys, values)
             layer.keys, layer.values = keys, values
+
+
+def _usable_cuda(client: CacheClient, planes: Sequence[_Plane]) -> Any:
+    """The CUDA device that holds all planes, if the client can move its blocks; else None: by way of host memory."""
+    devices = {plane.device for plane in planes}
+    device = devices.pop()
+    if devices or device.type != "cuda":
+        return None
+    try:
+        client.prepare(int(device.index or 0))
+    except ForebayError as error:
+        _log.warning("blocks go by way of host memory: %s", error)
+        return None
+    return device
 
 
 def _measure(model: Any, block_tokens: int) -> _Geometry:

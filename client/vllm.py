@@ -8,11 +8,11 @@ step waiting for one request's load, and the engine from graphs of its forward p
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
-from forebay.client.copier import NumpyCopier
 from forebay.client.engine_options import CLIENT_KEYS, client_of, client_options
 from forebay.client.vllm_layout import (
     Engine,
@@ -23,11 +23,10 @@ from forebay.client.vllm_layout import (
     refuse_unsupported,
     segment_table,
 )
-from forebay.client.vllm_memory import EngineMemory, HostMemory, StagedMemory
 from forebay.client.vllm_scheduler import WAIT_MS, LeaseDesk, VllmScheduler
 from forebay.client.vllm_stats import ForebayMetrics, ForebayStats
 from forebay.client.vllm_work import StepWork
-from forebay.client.vllm_worker import VllmWorker
+from forebay.client.vllm_worker import VllmWorker, wait_for
 from forebay.kvstore.errors import BadRequest
 from forebay.kvstore.namespace import NamespaceSpec
 
@@ -132,13 +131,11 @@ class ForebayConnector(KVConnectorBase_V1, SupportsHMA):
         return self._worker
 
     def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
-        self._moving.register(self._memory(kv_caches))
-
-    def _memory(self, kv_caches: Mapping[str, Any]) -> EngineMemory:
-        pages = layer_pages(kv_caches, self._geometry, self._kv_cache_config)
-        if all(page.device.type == "cpu" for page in pages):
-            return HostMemory(segment_table(pages, self._geometry), NumpyCopier())
-        return StagedMemory(pages, self._geometry.page_bytes, torch)
+        """Raises LayoutError, and DmaError where the caches are a GPU's and it cannot be used."""
+        table = segment_table(layer_pages(kv_caches, self._geometry, self._kv_cache_config), self._geometry)
+        if table.device is not None:
+            self._client.prepare(table.device)
+        self._moving.register(table)
 
     def handle_preemptions(self, kv_connector_metadata: Any) -> None:
         self._moving.begin(kv_connector_metadata)
@@ -239,13 +236,13 @@ def _hash_seed(vllm_config: Any) -> str:
     return seed
 
 
-def _device_mark() -> Any:
-    """What copies wait for: on a GPU everything queued so far, on a CPU nothing."""
+def _device_mark() -> Callable[[], None]:
+    """What copies wait for: on a GPU everything queued so far on the engine's stream, on a CPU nothing."""
     if not torch.cuda.is_available():
         return _nothing
     event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
     event.record()
-    return event.synchronize
+    return partial(wait_for, event.query)
 
 
 def _nothing() -> None:

@@ -172,7 +172,7 @@ def refuse_unsupported(parallel: Any) -> None:
 
 
 def segment_table(pages: Sequence[Any], geometry: Geometry) -> SegmentTable:
-    """The table of each layer's pages in host memory. Raises LayoutError where they are not what vLLM had planned."""
+    """The table of each layer's pages. Raises LayoutError where they are not what vLLM had planned."""
     for name, page, size in zip(geometry.layers, pages, geometry.page_bytes, strict=True):
         found = SegmentTable.of(page).block_bytes
         if found != size:

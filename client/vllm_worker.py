@@ -18,9 +18,8 @@ from typing import Any, Protocol
 
 from forebay.client.results import BlockOutcome, FetchResult, RemovalResult
 from forebay.client.segments import SegmentTable
-from forebay.client.vllm_memory import EngineMemory
 from forebay.client.vllm_work import Load, StepWork, Store
-from forebay.kvstore.errors import ForebayError
+from forebay.kvstore.errors import ForebayError, Timeout
 from forebay.transports.messages import EvictScope
 
 LOAD_THREADS = 2
@@ -29,6 +28,11 @@ STORE_PART_BLOCKS = 128
 SPARE_S = 0.02
 """How long a step may wait for copies out of blocks that it is about to overwrite, so that they are not lost."""
 
+DEVICE_S = 60.0
+"""How long the engine's device may take for what it was given before a copy."""
+
+POLL_S = 100e-6
+
 CLOSE_S = 5.0
 BAD_MAX = 1024
 
@@ -36,7 +40,15 @@ BAD_MAX = 1024
 class BlockClient(Protocol):
     """What this side asks of a client; `forebay.client.Client` is one."""
 
-    def fetch(self, ns: Any, hashes: Sequence[bytes], destination: object, block_ids: Sequence[int]) -> FetchResult: ...
+    def fetch(
+        self,
+        ns: Any,
+        hashes: Sequence[bytes],
+        destination: object,
+        block_ids: Sequence[int],
+        *,
+        stream: int | None,
+    ) -> FetchResult: ...
 
     def reserve(self, ns: Any, hashes: Sequence[bytes], parent: bytes = b"") -> Any: ...
 
@@ -93,7 +105,7 @@ class VllmWorker:
         self._ns = ns_of("")
         self._reset = ""
         self._block_bytes = block_bytes
-        self._memory: EngineMemory | None = None
+        self._table: SegmentTable | None = None
         self._work = StepWork()
         self._lock = threading.Lock()
         self._jobs: set[_StoreJob] = set()
@@ -107,8 +119,9 @@ class VllmWorker:
         self._storer.start()
         self._closed = False
 
-    def register(self, memory: EngineMemory) -> None:
-        self._memory = memory
+    def register(self, table: SegmentTable) -> None:
+        """Where the engine's blocks lie. What may use them on a device is waited for by each job's `ready`."""
+        self._table = table
 
     # What a step calls, in order
 
@@ -183,14 +196,10 @@ class VllmWorker:
     # Loading, on the loaders' threads
 
     def _load(self, load: Load, ns: Any, ready: Callable[[], object]) -> FetchResult:
-        assert self._memory is not None, "loads before the caches were registered"
+        assert self._table is not None, "loads before the caches were registered"
         begun = time.perf_counter()
         ready()
-
-        def fetch(hashes: Sequence[bytes], table: SegmentTable, block_ids: Sequence[int]) -> FetchResult:
-            return self._client.fetch(ns, hashes, table, block_ids)
-
-        result = self._memory.load(fetch, load.hashes, load.block_ids)
+        result = self._client.fetch(ns, load.hashes, self._table, load.block_ids, stream=None)
         if result.reason == "corrupt":
             self._mark_bad(load.hashes[result.blocks])
         self._counts.add(
@@ -249,22 +258,23 @@ class VllmWorker:
         self, job: _StoreJob, parent: bytes, hashes: Sequence[bytes], ids: Sequence[int], *, last: bool
     ) -> bool:
         """Whether what follows has a place to go to."""
-        assert self._memory is not None, "stores before the caches were registered"
+        assert self._table is not None, "stores before the caches were registered"
         if job.revoked:
             self._counts.add(revoked_blocks=len(hashes))
             return False
         with self._client.reserve(job.ns, hashes, parent) as reservation:
             codes = reservation.codes
             granted = [i for i, code in enumerate(codes) if code == BlockOutcome.STORED]
-            views = reservation.views()
-            if views:
-                self._memory.gather([ids[i] for i in granted[: len(views)]], views)
+            failed: Sequence[int] = ()
+            if granted:
+                failed = reservation.gather(self._table, [ids[i] for i in granted], stream=None)
             if job.revoked:
                 self._counts.add(revoked_blocks=len(granted))
                 return False
             if last:
                 job.copied.set()
-            stored = reservation.commit(range(len(views), len(granted))) if granted else 0
+            whole = min([len(granted), *failed])
+            stored = reservation.commit(range(whole, len(granted))) if granted else 0
         self._counts.add(
             stored_blocks=stored,
             stored_bytes=stored * self._block_bytes,
@@ -281,6 +291,15 @@ class VllmWorker:
             if not self._client.evict(job.ns, [name], EvictScope.PREFIX).kept:
                 with self._lock:
                     self._bad.pop(name, None)
+
+
+def wait_for(passed: Callable[[], bool]) -> None:
+    """Until an event of the device has passed; by asking, for a wait in the driver has no deadline. Raises Timeout."""
+    deadline, pause = time.monotonic() + DEVICE_S, threading.Event()
+    while not passed():
+        if time.monotonic() > deadline:
+            raise Timeout(f"the engine's device has not done in {DEVICE_S:.0f} s what it was given")
+        pause.wait(POLL_S)
 
 
 _FOUND = (BlockOutcome.STORED, BlockOutcome.PRESENT, BlockOutcome.IN_FLIGHT)

@@ -39,7 +39,7 @@ class Rig:
     """A copier over late devices, two planes of paged memory on device 0, one slab."""
 
     def __init__(self, timeout_s: float = 5.0) -> None:
-        self.devices = LateDevices(3)
+        self.devices = LateDevices(3, timeout_s=timeout_s)
         self.copier = DeviceCopier(NumpyCopier(), self.devices, timeout_s=timeout_s)
         self.paged = np.random.default_rng(0).integers(0, 256, (2, BLOCKS, SEGMENT)).astype(np.uint8)
         self.table = SegmentTable.of([CudaTensor(plane) for plane in self.paged])
@@ -68,7 +68,7 @@ def rig() -> Rig:
 @pytest.fixture
 def quick() -> Rig:
     """Gives a transfer up soon."""
-    return Rig(timeout_s=0.05)
+    return Rig(timeout_s=0.5)
 
 
 def hashes(blocks: list[bytes]) -> list[int]:

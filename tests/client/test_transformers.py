@@ -48,7 +48,7 @@ class DictClient:
         self._maybe_raise("lookup")
         return LookupResult(self._present(ns, hashes))
 
-    def fetch(self, ns: Any, hashes: Sequence[bytes], destination: SegmentTable) -> Any:
+    def fetch(self, ns: Any, hashes: Sequence[bytes], destination: SegmentTable, *, stream: int | None = 0) -> Any:
         """Copies all it has, but vouches for the first `fetch_limit` blocks only: the rest is noise."""
         self._maybe_raise("fetch")
         count = self._present(ns, hashes)
@@ -59,7 +59,7 @@ class DictClient:
             NumpyCopier().scatter(_plan(ns, destination, block, data))
         return FetchResult(verified, verified * ns.block_bytes, "" if verified == len(hashes) else "stale")
 
-    def store(self, ns: Any, hashes: Sequence[bytes], source: SegmentTable) -> Any:
+    def store(self, ns: Any, hashes: Sequence[bytes], source: SegmentTable, *, stream: int | None = 0) -> Any:
         self._maybe_raise("store")
         codes = bytearray([BlockOutcome.PRESENT]) * len(hashes)
         for block, name in enumerate(hashes):

@@ -13,10 +13,15 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
+from forebay.client.copier import NumpyCopier
+from forebay.client.device_copier import DeviceCopier
 from forebay.client.vllm_work import StepWork
 from forebay.kvstore.errors import BadRequest, LayoutError
+from forebay.transports.dma import DmaError
+from support.device_arrays import CudaTensor, LateDevices
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
@@ -197,6 +202,34 @@ def test_worker_without_a_daemon_reports_every_block(connector_module: Any, tmp_
     stats = connector.get_kv_connector_stats()
     assert (stats.data["failed_blocks"], connector.get_kv_connector_stats()) == (2, None)
     connector.shutdown()
+
+
+def test_caches_on_a_gpu_that_cannot_be_used_are_a_typed_error_at_start_up(
+    connector_module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It names what to install; with a GPU the engine that moves its blocks is made before the first of them."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    connector = made(connector_module, Role.WORKER, tmp_path)
+    caches = {"a": CudaPages(np.zeros((BLOCKS, PAGE), np.uint8))}
+    with pytest.raises(DmaError, match=r"forebay\[cuda13\]"):
+        connector.register_kv_caches(caches)
+    devices = LateDevices()
+    connector._client._copier = DeviceCopier(NumpyCopier(), devices)
+    connector.register_kv_caches(caches)
+    assert sorted(devices.made) == [0]
+    connector.shutdown()
+
+
+class CudaPages(CudaTensor):
+    """With blocks on axis 0 already."""
+
+    def movedim(self, axis: int, to: int) -> CudaPages:
+        assert (axis, to) == (0, 0)
+        return self
+
+    def stride(self, axis: int | None = None) -> Any:
+        strides = super().stride()
+        return strides if axis is None else strides[axis]
 
 
 def test_stats_add_up_over_ranks_and_reach_the_series(connector_module: Any) -> None:

@@ -11,13 +11,18 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from forebay.client import Client
 from forebay.client.copier import NumpyCopier
+from forebay.client.device_copier import DeviceCopier
 from forebay.client.results import BlockOutcome, FetchResult, RemovalResult
 from forebay.client.segments import SegmentTable
-from forebay.client.vllm_memory import HostMemory
 from forebay.client.vllm_work import Load, StepWork, Store
-from forebay.client.vllm_worker import STORE_PART_BLOCKS, VllmWorker
+from forebay.client.vllm_worker import STORE_PART_BLOCKS, VllmWorker, wait_for
+from forebay.kvstore.errors import Timeout
+from forebay.kvstore.namespace import NamespaceSpec
 from forebay.transports.messages import EvictScope
+from support.device_arrays import CudaTensor, LateDevices
+from support.fake_daemon import FakeDaemon
 from support.live import eventually
 
 BLOCK_BYTES = 64
@@ -37,14 +42,18 @@ class FakeReservation:
     def __exit__(self, *details: object) -> None:
         return None
 
-    def views(self) -> list[NDArray[np.uint8]]:
-        self.client.on_views()
-        return self.slots
+    def gather(self, table: SegmentTable, ids: Sequence[int], *, stream: int | None) -> Sequence[int]:
+        assert stream is None, "the worker has waited for the device itself"
+        self.client.on_gather()
+        for block, slot in zip(ids, self.slots, strict=True):
+            slot[:] = table.owners[0][block]  # type: ignore[index]
+        return self.client.failing
 
     def commit(self, failed: Sequence[int] = ()) -> int:
-        for name, slot in zip(self.granted, self.slots):
-            self.client.blocks[name] = slot
-        return len(self.granted)
+        written = [i for i in range(len(self.granted)) if i not in failed]
+        for i in written:
+            self.client.blocks[self.granted[i]] = self.slots[i]
+        return len(written)
 
 
 class FakeClient:
@@ -54,15 +63,19 @@ class FakeClient:
         self.refused: set[bytes] = set()
         self.corrupt: set[bytes] = set()
         self.evicted: list[Sequence[bytes]] = []
-        self.on_views: Callable[[], None] = lambda: None
+        self.on_gather: Callable[[], None] = lambda: None
         self.broken = False
+        self.failing: Sequence[int] = ()
 
     def outcome(self, name: bytes) -> BlockOutcome:
         if name in self.refused:
             return BlockOutcome.FULL
         return BlockOutcome.PRESENT if name in self.blocks else BlockOutcome.STORED
 
-    def fetch(self, ns: Any, hashes: Sequence[bytes], table: Any, block_ids: Sequence[int]) -> FetchResult:
+    def fetch(
+        self, ns: Any, hashes: Sequence[bytes], table: Any, block_ids: Sequence[int], *, stream: int | None
+    ) -> FetchResult:
+        assert stream is None
         if self.broken:
             raise RuntimeError("a bug in a client")
         for count, (name, block) in enumerate(zip(hashes, block_ids)):
@@ -95,7 +108,7 @@ class Rig:
         self.opened: list[str] = []
         self.kv = np.random.default_rng(0).integers(0, 256, (BLOCKS, BLOCK_BYTES)).astype(np.uint8)
         self.worker = VllmWorker(self.client, self.namespace, BLOCK_BYTES)
-        self.worker.register(HostMemory(SegmentTable.of(self.kv), NumpyCopier()))
+        self.worker.register(SegmentTable.of(self.kv))
 
     def namespace(self, reset: str) -> Any:
         self.opened.append(reset)
@@ -176,7 +189,7 @@ def test_block_taken_back_before_its_copy_is_not_published(rig: Rig) -> None:
 
 
 def test_block_taken_back_during_its_copy_is_not_published(rig: Rig) -> None:
-    rig.client.on_views = lambda: rig.worker.begin(StepWork(fresh=frozenset({6})))
+    rig.client.on_gather = lambda: rig.worker.begin(StepWork(fresh=frozenset({6})))
     rig.step(stores=(Store("r", b"", names(0, 2), (5, 6)),))
     rig.settle()
     assert rig.client.blocks == {}
@@ -206,6 +219,25 @@ def test_refused_block_ends_its_chain(rig: Rig) -> None:
     rig.step(stores=(Store("r", b"", names(0, count), tuple(range(count))),))
     rig.settle()
     assert len(rig.client.parents) == 1
+
+
+def test_what_follows_a_block_whose_copy_failed_is_not_stored(rig: Rig) -> None:
+    rig.client.failing = (2,)
+    count = STORE_PART_BLOCKS + 3
+    rig.step(stores=(Store("r", b"", names(0, count), tuple(range(count))),))
+    rig.settle()
+    assert set(rig.client.blocks) == set(names(0, 2))
+    assert len(rig.client.parents) == 1
+    assert rig.worker.take_counts()["rejected_blocks"] == STORE_PART_BLOCKS - 2
+
+
+def test_events_are_asked_until_they_have_passed_or_time_is_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = iter((False, False, True))
+    wait_for(lambda: next(answers))
+    assert next(answers, None) is None
+    monkeypatch.setattr("forebay.client.vllm_worker.DEVICE_S", 0.01)
+    with pytest.raises(Timeout, match="device"):
+        wait_for(lambda: False)
 
 
 def test_present_blocks_cost_no_copy(rig: Rig) -> None:
@@ -248,3 +280,24 @@ def test_close_stores_what_was_given(rig: Rig) -> None:
     assert set(rig.client.blocks) == set(names(0, 3))
     rig.step(stores=(Store("r", b"", names(3, 4), (3,)),))
     assert rig.worker.open_stores == 0
+
+
+def test_blocks_of_a_gpu_go_through_a_daemon_and_come_back_into_other_blocks() -> None:
+    """With a real client, over a device whose streams run late; the worker itself never touches the memory."""
+    spec = NamespaceSpec("m", "1", "uint8", 4, (BLOCK_BYTES,))
+    kv = np.random.default_rng(0).integers(0, 256, (BLOCKS, BLOCK_BYTES)).astype(np.uint8)
+    with FakeDaemon() as daemon:
+        copier = DeviceCopier(NumpyCopier(), LateDevices())
+        client = Client(daemon.runtime_dir, timeout_ms=10_000.0, copier=copier)
+        worker = VllmWorker(client, lambda reset: client.open_namespace(spec), BLOCK_BYTES)
+        worker.register(SegmentTable.of(CudaTensor(kv)))
+        worker.begin(StepWork(stores=(Store("r", b"", names(0, 3), (5, 2, 9)),)))
+        worker.start_stores(lambda: None)
+        eventually(lambda: worker.open_stores == 0, "stores have ended")
+        worker.begin(StepWork(loads=(Load("q", names(0, 4), (30, 31, 32, 33)),)))
+        worker.start_loads(lambda: None)
+        eventually(lambda: worker.take_loaded() == {"q"}, "a load has ended")
+        assert worker.take_failed_blocks() == {33}
+        assert (kv[30:33] == kv[[5, 2, 9]]).all()
+        worker.close()
+        client.close()
