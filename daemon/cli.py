@@ -44,6 +44,7 @@ def parser() -> argparse.ArgumentParser:
     _add_tools(commands)
     _add_fsck(commands)
     commands.add_parser("bench", help="measure this machine's daemon and its bounds", add_help=False)
+    commands.add_parser("doctor", help="what this machine has for blocks of a GPU", add_help=False)
     version = commands.add_parser("version", help="print the version")
     version.add_argument("--json", action="store_true", help="one JSON object")
     version.set_defaults(run="forebay.daemon.cli:print_version")
@@ -185,15 +186,18 @@ def print_version(arguments: argparse.Namespace) -> int:
     return Exit.OK
 
 
-def _bench(arguments: Sequence[str]) -> NoReturn:
-    """Become the benchmark: it stands above the daemon and drives it through a client, as the daemon never does."""
-    os.execv(sys.executable, [sys.executable, "-P", "-m", "forebay.bench", *arguments])
+def _become(module: str, arguments: Sequence[str]) -> NoReturn:
+    """Become a module that stands above the daemon or beside it, and that the daemon must never load."""
+    os.execv(sys.executable, [sys.executable, "-P", "-m", module, *arguments])
+
+
+MODULES = {"bench": "forebay.bench", "doctor": "forebay.client.doctor"}
 
 
 def run(arguments: Sequence[str]) -> int:
     """Parse and carry out one command; argparse's own exits (usage, help) pass through as SystemExit."""
-    if arguments and arguments[0] == "bench":
-        _bench(arguments[1:])
+    if arguments and arguments[0] in MODULES:
+        _become(MODULES[arguments[0]], arguments[1:])
     parsed = parser().parse_args(arguments)
     module, _, function = parsed.run.partition(":")
     return int(getattr(importlib.import_module(module), function)(parsed))

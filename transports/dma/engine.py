@@ -338,7 +338,7 @@ class DmaEngine:
         lane.holding.append(lane.bounce)
         lane.bounce = []
         if after is not None:
-            for stream in (lane.copying, lane.kernel):
+            for stream in (lane.copying, *(stage.stream for stage in lane.stages)):
                 self._device.wait(after, self._recorded(stream))
 
     def _enqueue(self, lane: _Lane, job: _Job) -> Transfer:

@@ -23,6 +23,9 @@ from forebay.daemon.control_link import ControlLink
 from forebay.transports.messages import CheckReply, CheckRequest, StatusReply, StatusRequest
 
 FOREBAY = str(Path(sys.executable).parent / "forebay")
+COMMAND = [FOREBAY] if Path(FOREBAY).exists() else [sys.executable, "-P", "-m", "forebay.daemon.cli"]
+"""The second where forebay is on the path of modules only, as on a machine lent for its GPU."""
+
 START_S = 30.0
 STOP_S = 15.0
 
@@ -94,7 +97,7 @@ class LiveDaemon:
             Path(notify).unlink(missing_ok=True)
             ready.bind(notify)
             self.process = subprocess.Popen(
-                [*self.wrap, FOREBAY, "serve", "--runtime-dir", str(self.runtime_dir), *flags],
+                [*self.wrap, *COMMAND, "serve", "--runtime-dir", str(self.runtime_dir), *flags],
                 stdout=log,
                 stderr=log,
                 env={**os.environ, "NOTIFY_SOCKET": notify},
