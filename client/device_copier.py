@@ -26,7 +26,8 @@ from forebay.client.copier import Copier, CopyPlan, CopyTimeout
 from forebay.client.places import SlabMapping
 from forebay.client.segments import SegmentTable
 from forebay.kernels.layout import CHECKSUM_BLOCK_BYTES_MIN, Layout
-from forebay.transports.dma import Direction, DmaEngine, DmaError, DmaTimeout, PinnedRegions, Transfer
+from forebay.transports.dma import Direction, DmaEngine, DmaError, DmaTimeout, PinnedRegions, Transfer, tuning
+from forebay.transports.paths import cache_directory
 
 TIMEOUT_S = 30.0
 """How long a transfer may take; a store has 256 MiB at most."""
@@ -40,12 +41,16 @@ _log = logging.getLogger("forebay.client")
 
 
 def cuda_engine(device: int) -> DmaEngine:
-    """An engine for the CUDA device of that index. Raises DmaError where cupy, the driver or the device is missing."""
+    """An engine for the CUDA device of that index, with what was measured of it, if anything was.
+
+    Raises DmaError where cupy, the driver or the device is missing.
+    """
     if importlib.util.find_spec("cupy") is None:
         raise DmaError("blocks in GPU memory need cupy: pip install 'forebay[cuda13]', for CUDA 12 'forebay[cuda12]'")
     from forebay.transports.dma.cuda_device import CudaDevice
 
-    return DmaEngine(CudaDevice(device))
+    there = CudaDevice(device)
+    return DmaEngine(there, tuning=tuning.load(cache_directory(), there.key))
 
 
 @dataclass(slots=True, eq=False)

@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from forebay.transports.dma import Tuning
 from forebay.transports.paths import cache_directory
 
 TUNING_FILES = "dma-tuning-*.json"
@@ -139,8 +140,16 @@ def _tuning(cache: Path) -> Iterator[Finding]:
     if not files:
         yield Finding("tuning", "nothing measured: strategies are chosen by rule")
     for path in files:
-        age_h = (time.time() - path.stat().st_mtime) / 3600
-        yield Finding("tuning", f"{path.name}, {age_h:.0f} h old")
+        try:
+            tuning = Tuning.of_document(json.loads(path.read_text("utf-8")))
+        except (OSError, ValueError) as error:
+            yield Finding("tuning", f"{path.name} cannot be used: {error}", good=False)
+            continue
+        yield Finding("tuning", f"{tuning.device}, measured {time.strftime('%Y-%m-%d', time.gmtime(tuning.measured))}")
+        for row in tuning.rows:
+            moved = f"{row.direction.value} of {_size(row.moved_bytes)} in segments of {_size(row.segment_bytes)}"
+            rates = ", ".join(f"{name} {rate / 1e9:.1f}" for name, rate in row.rates.items())
+            yield Finding(f"  {moved}", f"{row.best.value} ({rates} GB/s)")
 
 
 def _version(number: int) -> str:

@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 
 from forebay.client import doctor
+from forebay.transports.dma import Direction, Tuning, tuning
+from forebay.transports.dma.tuning import Row
 
 
 def cupy_of(gpus: int) -> ModuleType:
@@ -42,7 +44,9 @@ def test_a_machine_with_gpus_is_told_whole(tmp_path: Path, monkeypatch: pytest.M
         "forebay.transports.dma.cuda_device.CudaDevice", lambda index, cache: SimpleNamespace(name=f"card {index}")
     )
     (tmp_path / "0-sm_90.cubin").write_bytes(bytes(2048))
-    (tmp_path / "dma-tuning-card.json").write_text("{}")
+    row = Row(Direction.LOAD, 32 << 10, 8 << 20, {"dma": 20e9, "staged": 40e9})
+    tuning.save(Tuning("card", 86400.0, (row,)), tmp_path)
+    (tmp_path / "dma-tuning-other.json").write_text("{}")
     found, usable = doctor.findings(tmp_path)
     assert usable
     assert (texts(found, "driver"), texts(found, "NVRTC"), texts(found, "GPUs")) == (["CUDA 13.1"], ["13.1"], ["2"])
@@ -50,7 +54,11 @@ def test_a_machine_with_gpus_is_told_whole(tmp_path: Path, monkeypatch: pytest.M
         f"card {index}, sm_90, 80.0 GiB, kernels loaded" for index in range(2)
     ]
     assert texts(found, "kernel cache") == [f"{tmp_path}: 1 compiled, 2.0 KiB"]
-    assert texts(found, "tuning") == ["dma-tuning-card.json, 0 h old"]
+    measured, torn = texts(found, "tuning")
+    assert measured == "card, measured 1970-01-02"
+    assert torn.startswith("dma-tuning-other.json cannot be used: ")
+    rows = texts(found, "  load of 8.0 MiB in segments of 32.0 KiB")
+    assert rows == ["staged (dma 20.0, staged 40.0 GB/s)"]
 
 
 def test_a_gpu_on_which_the_kernels_do_not_load_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

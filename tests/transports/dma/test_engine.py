@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -177,7 +177,7 @@ def test_a_bounced_transfer_that_hangs_keeps_what_it_uses_and_the_next_one_uses_
     strategy: Strategy,
 ) -> None:
     """What runs late still finds its ids, and no bytes of its own in the next one's buffer."""
-    quick = DmaOptions(chunk_bytes=3 * BLOCK_BYTES, ring_chunks=2, timeout_s=0.05)
+    quick = replace(OPTIONS, timeout_s=0.5)
     r = rig(13, pinned=False, options=quick)
     loads = [bytes(r.slots[block]) for block in range(2)]
     r.device.hung = True
