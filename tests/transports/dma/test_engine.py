@@ -179,6 +179,9 @@ def test_a_bounced_transfer_that_hangs_keeps_what_it_uses_and_the_next_one_uses_
     """What runs late still finds its ids, and no bytes of its own in the next one's buffer."""
     quick = replace(OPTIONS, timeout_s=0.5)
     r = rig(13, pinned=False, options=quick)
+    for move in (r.engine.load, r.engine.store):  # the stages have their memory by then
+        move(r.layout, np.arange(2), r.addresses(range(2)), strategy=strategy, checksums=True).wait(5)
+    r.slots[:2] = r.random.integers(0, 256, (2, BLOCK_BYTES), np.uint8)
     loads = [bytes(r.slots[block]) for block in range(2)]
     r.device.hung = True
     with pytest.raises(DmaTimeout):
