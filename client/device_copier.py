@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from queue import SimpleQueue
 
 from forebay.client import checksums
-from forebay.client.copier import Copier, CopyPlan, CopyTimeout
+from forebay.client.copier import LEGACY_STREAM, Copier, CopyPlan, CopyTimeout
 from forebay.client.places import SlabMapping
 from forebay.client.segments import SegmentTable
 from forebay.kernels.layout import CHECKSUM_BLOCK_BYTES_MIN, Layout
@@ -138,6 +138,8 @@ class DeviceCopier:
             transfer.wait(self._timeout_s)
         except DmaTimeout:
             self._leave_moving(side, plan, transfer)
+            if transfer is not None and direction is Direction.LOAD:  # who computes these blocks comes after it
+                transfer.before(LEGACY_STREAM if plan.stream is None else plan.stream)
             raise
         if sums is not None:
             sums[:] = transfer.checksums if hashes else checksums.of_slots(plan.addresses, layout.block_bytes)
@@ -147,8 +149,6 @@ class DeviceCopier:
             side.resting_until = time.monotonic() + REST_S
             side.moving = [moving for moving in side.moving if moving[1] is None or not moving[1].done()]
             side.moving.append((plan, transfer))
-        if transfer is not None and plan.stream is not None:
-            transfer.before(plan.stream)  # who overwrites or reads these blocks on that stream comes after it
 
     def _pin(self, side: _Side, plan: CopyPlan) -> None:
         """Have the plan's slabs pinned, those that were not given to the engine before."""

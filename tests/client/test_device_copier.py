@@ -242,17 +242,18 @@ def test_a_gpu_that_hangs_is_a_timeout_and_not_asked_again_for_a_while(quick: Ri
     assert quick.slot(3) == quick.block(3)
 
 
+@pytest.mark.parametrize("named", [True, False], ids=["named", "legacy"])
 @pytest.mark.parametrize("pinned", [True, False], ids=["pinned", "bounced"])
-def test_who_computes_after_a_load_that_hung_comes_after_its_late_bytes(quick: Rig, pinned: bool) -> None:
+def test_who_computes_after_a_load_that_hung_comes_after_its_late_bytes(quick: Rig, pinned: bool, named: bool) -> None:
     """The engine is told that the load failed and computes the blocks; late bytes must not overwrite what it makes."""
     quick.copier.prepare(0)
-    stream = quick.device.stream(urgent=False)
+    stream = quick.device.stream(urgent=False) if named else 0
     quick.device.refuse = "" if pinned else "memlock limit"
     quick.copier.gather(quick.plan([0], [0]))
     assert quick.devices.made[0].pinned.wait(5)
     quick.device.hung = True
     with pytest.raises(CopyTimeout):
-        quick.copier.scatter(quick.plan([1], [1], stream=stream))
+        quick.copier.scatter(quick.plan([1], [1], stream=stream if named else None))
     quick.device.enqueue(stream, lambda: quick.paged[:, 1].fill(9))
     quick.device.hung = False
     quick.device.settle()

@@ -334,12 +334,16 @@ class DmaEngine:
             return transfer
 
     def _leave(self, lane: _Lane, after: int | None) -> None:
-        """A transfer may still be moving: keep what it uses, and let what comes on the caller's stream wait for it."""
+        """A transfer may still be moving: keep what it uses.
+
+        What comes on the caller's stream, or on the legacy default stream, waits for a load: who was told that it
+        failed may compute the blocks.
+        """
         lane.holding.append(lane.bounce)
         lane.bounce = []
-        if after is not None:
+        if lane.direction is Direction.LOAD:
             for stream in (lane.copying, *(stage.stream for stage in lane.stages)):
-                self._device.wait(after, self._recorded(stream))
+                self._device.wait(after or 0, self._recorded(stream))
 
     def _enqueue(self, lane: _Lane, job: _Job) -> Transfer:
         layout, count = job.layout, len(job)
