@@ -22,10 +22,13 @@ from forebay.client.transformers import (  # noqa: E402
     PrefixCache,
     Report,
     UnsupportedModel,
+    _Plane,
+    _usable_cuda,
     weights_fingerprint,
 )
 from forebay.kvstore.errors import ForebayError, PeerLost  # noqa: E402
 from forebay.kvstore.namespace import NamespaceSpec  # noqa: E402
+from forebay.transports.dma import DmaError  # noqa: E402
 from support.tiny import GREEDY, plain, prompt_of, tiny_model  # noqa: E402
 
 BLOCK = 16
@@ -409,3 +412,29 @@ def test_import_without_the_extra_names_it(missing: str) -> None:
     done = _run(f"import sys; sys.modules[{missing!r}] = None\nimport forebay.client.transformers")
     assert done.returncode != 0
     assert "pip install 'forebay[transformers]'" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("devices", "usable", "asked", "expected"),
+    [
+        (["cpu", "cpu"], True, [], None),
+        (["cuda:1", "cuda:1"], True, [1], "cuda:1"),
+        (["cuda:1", "cuda:1"], False, [1], None),
+        (["cuda:0", "cuda:1"], True, [], None),
+        (["cuda:0", "cpu"], True, [], None),
+    ],
+)
+def test_a_cache_is_moved_in_place_where_all_of_it_is_on_one_gpu_that_can_be_used(
+    devices: list[str], usable: bool, asked: list[int], expected: str | None
+) -> None:
+    """Else by way of host memory: a model does not stop for want of cupy."""
+    prepared: list[int] = []
+
+    class Client:
+        def prepare(self, device: int) -> None:
+            prepared.append(device)
+            if not usable:
+                raise DmaError("no cupy")
+
+    found = _usable_cuda(Client(), [_Plane(2, 32, torch.device(name)) for name in devices])
+    assert (prepared, found) == (asked, None if expected is None else torch.device(expected))
