@@ -18,7 +18,7 @@ except ImportError:  # conftest.py skips all that is here, with the reason
     cupy = None
 
 POISON = 0xA5
-OPTIONS = DmaOptions(chunk_bytes=1 << 20, stages=3, inflight_bytes=4 << 20)
+OPTIONS = DmaOptions(chunk_bytes=1 << 20, mapped_chunk_bytes=1 << 20, stages=3, inflight_bytes=4 << 20)
 SPIN_CYCLES = 50_000_000  # about 30 ms
 
 LATE = r"""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +39,8 @@ class CudaDevice:
             self._cuda = cupy.cuda
             self._runtime = cupy.cuda.runtime
             self._index = index
-            self.use()
-            self.kernels: Kernels = CudaKernels(cache or cache_directory())
+            with self.used():
+                self.kernels: Kernels = CudaKernels(cache or cache_directory())
         except Exception as error:
             raise DmaError(f"GPU {index} cannot be used: {type(error).__name__}: {error}") from error
         properties = self._runtime.getDeviceProperties(index)
@@ -50,8 +52,15 @@ class CudaDevice:
             self._runtime.deviceGetAttribute(self._runtime.cudaDevAttrHostRegisterReadOnlySupported, index)
         )
 
-    def use(self) -> None:
-        self._runtime.setDevice(self._index)
+    @contextmanager
+    def used(self) -> Iterator[None]:
+        before = self._runtime.getDevice()
+        self._runtime.setDevice(self._index)  # also where it is current: a new thread has no context yet
+        try:
+            yield
+        finally:
+            if before != self._index:
+                self._runtime.setDevice(before)
 
     def stream(self, *, urgent: bool) -> int:
         stream = self._cuda.Stream(non_blocking=True, priority=-1 if urgent else 0)

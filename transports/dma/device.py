@@ -8,6 +8,7 @@ as odd an order as their events allow.
 from __future__ import annotations
 
 import enum
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -94,8 +95,8 @@ class Device(Protocol):
 
     kernels: Kernels
 
-    def use(self) -> None:
-        """Make it the calling thread's current device; before anything else a thread asks of it."""
+    def used(self) -> AbstractContextManager[None]:
+        """Within it this is the calling thread's current device; around whatever a thread asks of it."""
         ...
 
     def stream(self, *, urgent: bool) -> int:

@@ -41,8 +41,14 @@ _SUM_ROW_BYTES = 64
 _RING_ALIGNMENT = 16
 
 DMA_SEGMENT_BYTES_MIN = 128 << 10
-MAPPED_BYTES_MAX = 1 << 20
+MAPPED_BYTES_MAX = 8 << 20
 """Where nothing was measured: segments from this size on are worth a descriptor each; so few bytes, one kernel."""
+
+SMALL_CHUNK_BYTES = 4 << 20
+"""Chunks are not made smaller than this: each costs the calling thread about 60 us."""
+
+CHUNKS = 4
+"""A transfer of less than some full chunks is cut into this many: its copies and kernels overlap as well."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,17 +56,19 @@ class DmaOptions:
     """How much of the GPU the engine may take.
 
     Attributes:
-        chunk_bytes: moved by one step of the pipeline; at least one block.
+        chunk_bytes: moved at most by one step of the pipeline; at least one block. mapped_chunk_bytes: the same for
+            MAPPED, which has no ring to fit into.
         stages: chunks under way at once, a direction.
         inflight_bytes: enqueued and not yet moved, a direction; more waits.
         multiprocessors: that the kernels may use, a direction; the rest stays the inference engine's. 0: all.
         timeout_s: how long a transfer may wait for those before it.
     """
 
-    chunk_bytes: int = 16 << 20
-    stages: int = 4
+    chunk_bytes: int = 32 << 20
+    mapped_chunk_bytes: int = 128 << 20
+    stages: int = 3
     inflight_bytes: int = 256 << 20
-    multiprocessors: int = 16
+    multiprocessors: int = 8
     timeout_s: float = 30.0
 
 
@@ -213,9 +221,9 @@ class DmaEngine:
         self._device = device
         self._tuning = tuning
         self._options = options or DmaOptions()
-        device.use()
         self.pinned = PinnedRegions(device)
-        self._lanes = {direction: self._lane(direction) for direction in Direction}
+        with device.used():
+            self._lanes = {direction: self._lane(direction) for direction in Direction}
 
     def load(
         self,
@@ -272,10 +280,9 @@ class DmaEngine:
 
     def close(self, timeout_s: float) -> None:
         """Wait for what is under way, then let go of all memory. Raises DmaTimeout, having let go of nothing."""
-        self._device.use()
         deadline = time.monotonic() + timeout_s
         for lane in self._lanes.values():
-            with lane.lock:
+            with lane.lock, self._device.used():
                 self._drain(lane, deadline)
                 lane.pending.clear()
                 lane.bounce.clear()
@@ -312,10 +319,9 @@ class DmaEngine:
             raise DmaError(f"{len(block_ids)} block ids for {len(slots)} slots")
         if checksums and layout.block_bytes < CHECKSUM_BLOCK_BYTES_MIN:
             raise DmaError(f"blocks of {layout.block_bytes} bytes are too small for a checksum on the GPU")
-        self._device.use()
         lane = self._lanes[direction]
         ids, hosts = (np.ascontiguousarray(column, np.int64) for column in (block_ids, slots))
-        with lane.lock:
+        with lane.lock, self._device.used():
             while lane.pending and lane.pending[0].done():
                 lane.pending.popleft()
             seen = self.pinned.device_addresses(hosts, layout.block_bytes)
@@ -348,8 +354,8 @@ class DmaEngine:
     def _enqueue(self, lane: _Lane, job: _Job) -> Transfer:
         layout, count = job.layout, len(job)
         pitch = _rounded(layout.block_bytes)
-        per_chunk = max(1, self._options.chunk_bytes // pitch)
-        self._grow(lane, job, per_chunk)
+        most, per_chunk = self._chunks(job, pitch)
+        self._grow(lane, job, most)
         stages = [lane.stages[index % len(lane.stages)] for index in range(-(-count // per_chunk))]
         ring, seen = np.zeros(0, np.int64), job.seen
         if job.strategy is Strategy.STAGED:
@@ -377,6 +383,13 @@ class DmaEngine:
         transfer = self._ended(lane, job, used, hashes, results, kept)
         del lane.holding[held:]
         return transfer
+
+    def _chunks(self, job: _Job, pitch: int) -> tuple[int, int]:
+        """How many blocks a chunk has at most, and has in this job."""
+        options = self._options
+        most = options.mapped_chunk_bytes if job.strategy is Strategy.MAPPED else options.chunk_bytes
+        wanted = max(len(job) * pitch // CHUNKS, SMALL_CHUNK_BYTES)
+        return max(1, most // pitch), max(1, min(most, wanted) // pitch)
 
     def _opened(
         self, lane: _Lane, job: _Job, used: Sequence[_Stage], columns: Sequence[Addresses]
@@ -453,12 +466,14 @@ class DmaEngine:
         sizes = np.full(run.blocks, job.layout.block_bytes, np.int64)
         ring, hosts, sizes = merged(run.ring, job.hosts[run.inside], sizes, job.regions[run.inside])
         if lane.direction is Direction.LOAD:
-            device.wait(lane.copying, stage.ended)
+            if not device.passed(stage.ended):
+                device.wait(lane.copying, stage.ended)
             device.copy(ring, hosts, sizes, lane.direction, lane.copying)
             device.wait(stage.stream, self._recorded(lane.copying))
             self._mapped(lane, run)
         else:
-            device.wait(stage.stream, stage.ended)
+            if not device.passed(stage.ended):
+                device.wait(stage.stream, stage.ended)
             self._kernel(lane, run)
             device.wait(lane.copying, self._recorded(stage.stream))
             device.copy(hosts, ring, sizes, lane.direction, lane.copying)

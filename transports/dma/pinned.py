@@ -91,8 +91,8 @@ class PinnedRegions:
             self._reindex()
         if found is not None:
             self._bytes -= found[0].size
-            self._device.use()
-            self._device.unregister(address)
+            with self._device.used():
+                self._device.unregister(address)
 
     def wait(self, timeout_s: float) -> bool:
         """Until nothing waits to be pinned; False if that took longer."""
@@ -140,7 +140,10 @@ class PinnedRegions:
         self._index = (starts, ends, offsets)
 
     def _run(self) -> None:
-        self._device.use()
+        with self._device.used():
+            self._pin()
+
+    def _pin(self) -> None:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._queue or self._closed)

@@ -13,6 +13,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,8 +62,8 @@ class LateDevice:
         self.refuse = ""
         self.unpinned_copies = 0
 
-    def use(self) -> None:
-        pass
+    def used(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def stream(self, *, urgent: bool) -> int:
         with self._lock:

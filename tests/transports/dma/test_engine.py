@@ -18,7 +18,8 @@ from support.late_device import POISON, LateDevice
 BLOCKS = 24
 SIZES = (640, 1024, 16, 2048)
 BLOCK_BYTES = sum(SIZES)
-OPTIONS = DmaOptions(chunk_bytes=3 * BLOCK_BYTES, stages=2, inflight_bytes=9 * BLOCK_BYTES, timeout_s=5)
+CHUNK = 3 * BLOCK_BYTES
+OPTIONS = DmaOptions(CHUNK, CHUNK, stages=2, inflight_bytes=9 * BLOCK_BYTES, timeout_s=5)
 
 
 @dataclass
@@ -201,7 +202,7 @@ def test_no_more_is_enqueued_than_may_be_in_flight() -> None:
     r = rig(5, options=quick)
     r.device.hung = True
     with pytest.raises(DmaTimeout):
-        r.engine.load(r.layout, np.arange(BLOCKS), r.addresses(range(BLOCKS)))
+        r.engine.load(r.layout, np.arange(BLOCKS), r.addresses(range(BLOCKS)), strategy=Strategy.STAGED)
     r.device.hung = False
     assert r.device.run(10_000) < 100, "a few chunks' operations, not all of them"
 
