@@ -29,11 +29,14 @@ FORMAT = 1
 
 SEGMENT_BYTES = (2 << 10, 8 << 10, 16 << 10, 32 << 10, 64 << 10, 128 << 10, 512 << 10)
 MOVED_BYTES = (1 << 20, 8 << 20, 64 << 20)
-PREFERRED = ((Strategy.DMA, 0.95), (Strategy.STAGED, 0.85))
+PREFERRED = {
+    Direction.LOAD: ((Strategy.DMA, 0.95), (Strategy.STAGED, 0.85)),
+    Direction.STORE: ((Strategy.DMA, 0.95), (Strategy.STAGED, 0.5)),
+}
 """What is chosen from which share of the fastest strategy's rate on: first what takes least from the inference engine.
 
-A mapped kernel holds its multiprocessors for as long as the link takes, and slowed a matmul beside it by 8 to 30 % on
-an H200 where a staged one cost 2 to 5 %.
+A mapped kernel holds its multiprocessors for as long as the link takes. On an H200 it slowed a matmul beside it by 8 to
+20 % when it loaded and by 20 to 55 % when it stored, and a staged one by 2 to 9 %.
 """
 
 _SEGMENTS = 32
@@ -53,7 +56,7 @@ class Row:
     @property
     def best(self) -> Strategy:
         fastest = max(self.rates, key=self.rates.__getitem__)
-        for strategy, share in PREFERRED:
+        for strategy, share in PREFERRED[self.direction]:
             if self.rates.get(strategy.value, 0) >= share * self.rates[fastest]:
                 return strategy
         return Strategy(fastest)
