@@ -1,8 +1,8 @@
 """`python -P -m forebay.bench.gpu`: what the DMA engine reaches on a GPU, each figure beside a bound of the same run.
 
-Needs a GPU, cupy, and torch for the matmul; no daemon, and none of its packages. Every figure is the median of turns in
-which bound and measurement follow each other. The bytes are compared at the end of each series: a fast wrong copy has
-no figure. `--lmcache DIR` compares with LMCache's compiled code, from an unpacked wheel. Writes
+Needs a GPU, cupy, torch for the matmul, and for the figures through the client what a daemon needs. Every figure is the
+median of turns in which bound and measurement follow each other. The bytes of each series are compared before it: a
+fast wrong copy has no figure. `--lmcache DIR` compares with LMCache's compiled code, from an unpacked wheel. Writes
 ``gpu-<device>-<date>.md`` and ``.json`` into the directory given.
 """
 
@@ -74,9 +74,10 @@ KERNEL_NAMES = ("gpu_gather_ratio", "gpu_scatter_ratio")
 CHECKSUM_NAMES = tuple(f"gpu_checksum_{s.value}_{d.value}_slowdown" for s in CHECKSUM_STRATEGIES for d in Direction)
 MATMUL_NAMES = tuple(f"gpu_matmul_{s.value}_{d.value}_slowdown" for d in Direction for s in Strategy)
 LMCACHE_NAMES = tuple(f"gpu_lmcache_{d.value}_{shape.name}_ratio" for shape in (LLAMA, MLA) for d in Direction)
+CLIENT_NAMES = ("gpu_client_fetch_ratio", "gpu_client_fetch_verified_ratio", "gpu_client_store_ratio")
 NAMES = (
     *(*REGISTRATION_NAMES, *link_names(LLAMA), *link_names(MLA), *DUPLEX_NAMES, *KERNEL_NAMES),
-    *(*CHECKSUM_NAMES, *MATMUL_NAMES, *LMCACHE_NAMES),
+    *(*CHECKSUM_NAMES, *MATMUL_NAMES, *CLIENT_NAMES, *LMCACHE_NAMES),
 )
 
 Rates = dict[tuple[Direction, Strategy], float]
@@ -468,6 +469,13 @@ def report(directory: Path, device: str, figures: Sequence[Figure], rows: Tuning
     return path
 
 
+def through_client(made: Rig) -> Iterator[Figure]:
+    """The same by way of a daemon; its packages are imported only here."""
+    from forebay.bench import gpu_client
+
+    yield from gpu_client.through_client(made)
+
+
 SECTIONS: tuple[tuple[tuple[str, ...], Callable[[Rig], Iterator[Figure]]], ...] = (
     (REGISTRATION_NAMES, registration),
     (link_names(LLAMA), links),
@@ -475,6 +483,7 @@ SECTIONS: tuple[tuple[tuple[str, ...], Callable[[Rig], Iterator[Figure]]], ...] 
     (KERNEL_NAMES, kernels),
     (CHECKSUM_NAMES, checksums),
     (MATMUL_NAMES, beside),
+    (CLIENT_NAMES, through_client),
 )
 
 

@@ -42,7 +42,7 @@ _RING_ALIGNMENT = 16
 
 DMA_SEGMENT_BYTES_MIN = 128 << 10
 MAPPED_BYTES_MAX = 8 << 20
-"""Where nothing was measured: segments from this size on are worth a descriptor each; so few bytes to load, one kernel."""
+"""Where nothing was measured: segments of this size are worth a descriptor each; so few bytes to load, one kernel."""
 
 SMALL_CHUNK_BYTES = 4 << 20
 """Chunks are not made smaller than this: each costs the calling thread about 60 us."""
