@@ -81,7 +81,12 @@ class Mover:
     def go_on(self, now: float) -> None:
         """Begin a few of the transfers that were decided on: a long prefetch keeps nobody waiting for his answer."""
         for _ in range(min(BEGIN_MAX, len(self._to_begin))):
-            self._begin(self._to_begin.popleft(), now)
+            transfer = self._to_begin.popleft()
+            try:
+                self._begin(transfer, now)
+            except Exception as error:  # a bug must cost its transfer, and nobody else's answer
+                log.error("bug while a transfer was begun", exc_info=error, extra=fields(id=transfer.transfer_id))
+                self._give_back(transfer, now, Verdict.FAILED)
 
     def _cancel(self, transfer_ids: Collection[int], now: float) -> None:
         """A long fetch that is given up is thousands of transfers, hardly any of which the tier knows yet."""
@@ -134,9 +139,10 @@ class Mover:
         parents = [(index.hashes[row] or b"") if row >= 0 else b"" for row in above]
         self._tier.write(WriteJob(**common, parents=parents, depths=[index.depths[row] for row in transfer.rows]))
 
-    def _give_back(self, transfer: Transfer, now: float) -> None:
+    def _give_back(self, transfer: Transfer, now: float, verdict: Verdict = Verdict.CANCELLED) -> None:
+        """End a transfer that the tier does not know of."""
         count = len(transfer.rows)
-        self._store.transfer_done(transfer.transfer_id, [Verdict.CANCELLED] * count, [0] * count, now)
+        self._store.transfer_done(transfer.transfer_id, [verdict] * count, [0] * count, now)
 
     def _owner(self, shard: Shard) -> tuple[SlabOwner, bytes]:
         """What the disk needs to know of a shard, and its namespace's id, a hash worth keeping."""

@@ -55,6 +55,7 @@ class NvmeConfig:
         chunk_bytes: payload of one transfer, at least a block.
         clean_share: share of a namespace's blocks, coldest first, that is kept written ahead.
         prefetch_share: most of the host tier that prefetches may be filling at one time.
+        ahead_bytes: payload of prefetches asked of a drive at one time; the rest waits, so that leases need not.
         idle_s: without a request for so long, what is only in host memory is written down as well.
         budget_bytes_per_day: what may be written; 0: any amount.
         drives: how many the tier has; slab s lies on drive s mod `drives`.
@@ -66,6 +67,7 @@ class NvmeConfig:
     chunk_bytes: int = 8 * MIB
     clean_share: float = 0.05
     prefetch_share: float = 0.25
+    ahead_bytes: int = 16 * MIB
     idle_s: float = 2.0
     budget_bytes_per_day: int = 0
     drives: int = 1
@@ -168,6 +170,11 @@ class Movement:
         self._flushes = 0
         self._to_flush: list[tuple[Group, list[int]]] | None = None
         self._prefetching_bytes = 0
+        self._waiting: OrderedDict[int, Transfer] = OrderedDict()
+        """Prefetches that the drives have not been asked for yet, by id."""
+        self._ahead: dict[int, int] = {}
+        """Payload of those that they have, by id."""
+        self._ahead_bytes = 0
 
     # Up
 
@@ -241,18 +248,29 @@ class Movement:
     def _join(self, transfer: Transfer, lease: Lease) -> None:
         transfer.leases.add(lease.lease_id)
         lease.transfers.add(transfer.transfer_id)
+        if self._waiting.pop(transfer.transfer_id, None) is not None:
+            self._effects.transfers.append(transfer)
 
     def _start_load(self, batch: _Batch, leases: Sequence[Lease], now: float, *, kept: bool) -> None:
         """`kept`: it goes on whoever waits for it."""
         if not batch.rows:
             return
-        transfer = self._begin(Direction.LOAD, batch, now)
+        transfer = self._begin(Direction.LOAD, batch, now, waits=not leases)
         transfer.kept = kept
         for lease in leases:
             self._join(transfer, lease)
         for row in transfer.rows:
             self._loading[transfer.shard.ns, row] = transfer
         batch.clear()
+        self._ask_ahead()
+
+    def _ask_ahead(self) -> None:
+        """Ask the drives for prefetches that wait, first come first served, as many as may be under way."""
+        while self._waiting and self._ahead_bytes < self.config.ahead_bytes * self.config.drives:
+            transfer_id, transfer = self._waiting.popitem(last=False)
+            self._ahead[transfer_id] = self._payload(transfer)
+            self._ahead_bytes += self._ahead[transfer_id]
+            self._effects.transfers.append(transfer)
 
     def advance(self, lease: Lease) -> bool:
         """Count the leading blocks that have landed; True when there are more than before."""
@@ -516,6 +534,9 @@ class Movement:
         transfer = self._transfers.pop(transfer_id, None)
         if transfer is None:
             return
+        self._waiting.pop(transfer_id, None)
+        self._ahead_bytes -= self._ahead.pop(transfer_id, 0)
+        self._ask_ahead()
         if transfer.direction == Direction.LOAD:
             self._loaded(transfer, verdicts, checksums, now)
         else:
@@ -642,7 +663,7 @@ class Movement:
 
     # Helpers
 
-    def _begin(self, direction: Direction, batch: _Batch, now: float) -> Transfer:
+    def _begin(self, direction: Direction, batch: _Batch, now: float, *, waits: bool = False) -> Transfer:
         self._last_id += 1
         shard = batch.shard
         generations = [shard.spaces[NVME].generation(slot) for slot in batch.nvme_slots]
@@ -650,7 +671,10 @@ class Movement:
             self._last_id, direction, shard, batch.rows, batch.host_slots, batch.nvme_slots, generations, now
         )
         self._transfers[self._last_id] = transfer
-        self._effects.transfers.append(transfer)
+        if waits:
+            self._waiting[self._last_id] = transfer
+        else:
+            self._effects.transfers.append(transfer)
         return transfer
 
     @property
@@ -692,6 +716,12 @@ class Movement:
             for row, slot in zip(transfer.rows, slots, strict=True):
                 if index.reserved_slot(row, coming, shard.rank) != slot:
                     yield f"transfer {transfer.transfer_id} brings row {row} to a slot that is not reserved for it"
+        if not self._waiting.keys() <= self._transfers.keys() or not self._ahead.keys() <= self._transfers.keys():
+            yield "a prefetch that has ended is still to be asked for, or counted"
+        if self._waiting and self._ahead_bytes < self.config.ahead_bytes * self.config.drives:
+            yield "prefetches wait, and nothing is in their way"
+        if self._ahead_bytes != sum(self._ahead.values()):
+            yield f"{self._ahead_bytes} bytes counted as prefetched, {sum(self._ahead.values())} are"
         if writing != self._writing_bytes:
             yield f"{self._writing_bytes} bytes counted as being written, {writing} are"
 

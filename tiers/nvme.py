@@ -8,15 +8,18 @@ A drive that cannot be used is left out with a warning that says why, and the ti
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from forebay.kvstore.errors import ForebayError
 from forebay.tiers.base import TierInfo
+from forebay.tiers.deadline import within
 from forebay.tiers.files import Files, OsFiles
 from forebay.tiers.nvme_drive import Drive, open_drive
 from forebay.tiers.nvme_format import HASH_BYTES_MAX, PAGE, slabs_in, slots_per_slab
@@ -41,6 +44,10 @@ from forebay.tiers.nvme_jobs import (
 from forebay.tiers.nvme_reader import Assigned
 from forebay.tiers.nvme_restore import Restore
 
+log = logging.getLogger(__name__)
+
+OPEN_S = 30.0
+"""A drive that takes longer to be opened, or to begin its life, is left out until the next start."""
 _RESTORED_EVENTS_MAX = 8
 """A thousand blocks each: enough for the owner never to wait, and little memory."""
 _IDLE_S = 1.0
@@ -115,7 +122,9 @@ class NvmeTier:
         self._problems: list[str] = []
 
     def start(self) -> None:
-        """Open, lock and probe the drives and begin to restore. Blocks for a few small reads and writes a drive."""
+        """Open, lock and probe the drives and begin to restore. Blocks for a few small reads and writes a drive, for
+        OPEN_S where one hangs.
+        """
         if self._units or self._closed:
             return
         drives = [drive for path in self._options.paths if (drive := self._open(path)) is not None]
@@ -255,7 +264,14 @@ class NvmeTier:
 
     def _open(self, path: Path) -> Drive | None:
         try:
-            drive = open_drive(self._files, path, slab_bytes=self.slab_bytes, slabs=self._slabs_per_drive)
+            drive = within(
+                OPEN_S,
+                lambda: open_drive(self._files, path, slab_bytes=self.slab_bytes, slabs=self._slabs_per_drive),
+                late=Drive.close,
+            )
+        except TimeoutError as error:
+            self._refuse(path, f"{path} could not be opened: {error}")
+            return None
         except (ForebayError, OSError) as error:
             self._refuse(path, str(error))
             return None
@@ -269,8 +285,10 @@ class NvmeTier:
         begun = []
         for drive in drives:
             try:
-                drive.begin_life(epoch)
+                within(OPEN_S, partial(_begin_life, drive, epoch), late=Drive.close)
                 begun.append(drive)
+            except TimeoutError as error:  # closed when its call ends
+                self._refuse(drive.directory, f"{drive.directory} could not be written to: {error}")
             except OSError as error:
                 self._refuse(drive.directory, f"{drive.directory}: {error}")
                 drive.close()
@@ -338,8 +356,14 @@ class NvmeTier:
                     work.statuses[block] = IoStatus.DOWN
                 self._errors.add("write_down", len(part.blocks))
                 self._part_ended(part)
-            else:
+                continue
+            try:
                 unit.io.submit(part)
+            except Exception as error:  # a bug must cost its part, for others may be under way
+                log.error("bug while I/O was begun", exc_info=error)
+                self._errors.add("submit_bug", len(part.blocks))
+                part.fail(IoStatus.IO_ERROR)
+                self._part_ended(part)
 
     def _check_places(self, job: LoadJob | WriteJob) -> None:
         """A place beyond the end would be somebody else's."""
@@ -432,6 +456,11 @@ class NvmeTier:
             restores = [unit.restore for unit in self._units]
             blocks, rebuilt = sum(each.blocks for each in restores), any(each.rebuilt for each in restores)
             self._tell(RestoreDone(blocks, self._restore_s, rebuilt, tuple(self._problems)))
+
+
+def _begin_life(drive: Drive, epoch: int) -> Drive:
+    drive.begin_life(epoch)
+    return drive
 
 
 class _Teller:

@@ -171,10 +171,11 @@ class IoProcess:
         if not self._loads_left:
             self._progress_s = time.monotonic()
         self._next_part += 1
+        said = pack_part(self._next_part, part)
         self._parts[self._next_part] = part
         part.sync_failures = self._health.sync_failures
         self._count(part, 1)
-        self._send(pack_part(self._next_part, part))
+        self._send(said)
         return True
 
     def _count(self, part: Part, change: int) -> None:

@@ -27,6 +27,7 @@ class FakeStore:
 @dataclass
 class FakeTier:
     begun: list[int] = field(default_factory=list)
+    faulty: set[int] = field(default_factory=set)
     cancelled: list[int] = field(default_factory=list)
 
     def cancel(self, job_id: int) -> None:
@@ -41,6 +42,8 @@ class BeginningMover(Mover):
         super().__init__(cast(Any, self.store), cast(Any, self.tier), cast(Any, None))
 
     def _begin(self, transfer: Transfer, now: float) -> None:
+        if transfer.transfer_id in self.tier.faulty:
+            raise ValueError("a place that does not exist")
         self.tier.begun.append(transfer.transfer_id)
 
 
@@ -83,3 +86,14 @@ def test_transfer_cancelled_together_with_its_decision_ends_once(mover: Beginnin
     assert mover.store.ended == [(1, [Verdict.CANCELLED] * 2)]
     mover.go_on(0.0)
     assert mover.tier.begun == [0, 2]
+
+
+def test_transfer_that_cannot_be_begun_fails_alone(mover: BeginningMover, caplog: pytest.LogCaptureFixture) -> None:
+    mover.tier.faulty = {1}
+    mover.carry_out(decided(range(3)), (), 0.0)
+    mover.go_on(0.0)
+    assert mover.tier.begun == [0, 2]
+    assert mover.store.ended == [(1, [Verdict.FAILED] * 2)]
+    [record] = caplog.records
+    assert record.exc_info is not None
+    assert "a place that does not exist" in str(record.exc_info[1])

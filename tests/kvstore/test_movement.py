@@ -334,6 +334,34 @@ def test_prefetch_that_finds_no_room_does_not_use_its_share_up() -> None:
     assert world.store.prefetch(1, world.ns, chain("a", 4), world.now) == (0, 4)
 
 
+def test_leases_do_not_wait_for_prefetches() -> None:
+    """Of what is prefetched the drive is asked for a part; the rest follows as that ends, and a lease comes first."""
+    world = on_drive(8, nvme={"chunk_bytes": 2 * BLOCK_BYTES, "ahead_bytes": 3 * BLOCK_BYTES})
+    names = chain("a", 8)
+    assert world.store.prefetch(1, world.ns, names[:6], world.now) == (0, 6)
+    first, second = world.step()
+    assert (world.names_of(first), world.names_of(second)) == (names[:2], names[2:4])
+    got = world.store.acquire(1, world.ns, names, 30.0, world.now)
+    assert (len(got.slots), got.ready) == (8, 0)
+    third, leased = world.step()
+    assert (world.names_of(third), world.names_of(leased)) == (names[4:6], names[6:])
+    world.finish_all()
+    assert world.told()[-1] == (1, got.lease_id, 8, 8)
+
+
+def test_prefetches_that_wait_are_asked_for_as_others_end() -> None:
+    world = on_drive(8, nvme={"chunk_bytes": 2 * BLOCK_BYTES, "ahead_bytes": BLOCK_BYTES})
+    names = chain("a", 8)
+    assert world.store.prefetch(1, world.ns, names, world.now) == (0, 8)
+    for first in range(0, 8, 2):
+        world.step()
+        [load] = world.drive.pending
+        assert world.names_of(load) == names[first : first + 2]
+        world.finish(load, FAILED if first == 4 else OK)
+    assert world.where(names) == "bbbb..bb"
+    assert world.drive.pending == []
+
+
 def test_prefetched_blocks_come_though_a_lease_on_them_has_ended() -> None:
     world = on_drive(2)
     world.store.prefetch(1, world.ns, chain("a", 2), world.now)

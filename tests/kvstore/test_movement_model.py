@@ -55,7 +55,15 @@ LIMITS = StoreConfig(
     namespaces_max=4,
     leases_max=6,
     reservations_max=6,
-    nvme=NvmeConfig(7 * 9 * PAGE, 9 * PAGE, window_bytes=4 * PAGE, chunk_bytes=2 * PAGE, prefetch_share=0.3, drives=2),
+    nvme=NvmeConfig(
+        7 * 9 * PAGE,
+        9 * PAGE,
+        window_bytes=4 * PAGE,
+        chunk_bytes=2 * PAGE,
+        prefetch_share=0.3,
+        ahead_bytes=PAGE,
+        drives=2,
+    ),
 )
 
 Place = tuple[int, int]

@@ -5,10 +5,12 @@ from __future__ import annotations
 import shutil
 import threading
 from pathlib import Path
+from typing import cast
 
 import pytest
-from tests.tiers.nvme_rig import BYTES, OWNER, SLAB, SLABS, SLOT, FaultyFiles, Rig, crash, filled, memory, name
+from tests.tiers.nvme_rig import BYTES, OWNER, SLAB, SLABS, SLOT, WAIT_S, FaultyFiles, Rig, crash, filled, memory, name
 
+from forebay.tiers import nvme
 from forebay.tiers.nvme import NvmeTier
 from forebay.tiers.nvme_drive import DATA_NAME
 from forebay.tiers.nvme_format import PAGE
@@ -222,6 +224,35 @@ def test_drives_can_be_added_and_change_their_order(tmp_path: Path) -> None:
     assert set(rig.load_restored(rig.blocks)) == {OK}
     assert {block[0] % 2 for block in rig.blocks} == {1}
     rig.close()
+
+
+@pytest.mark.parametrize("call", ["size", "sync"])
+def test_drive_that_hangs_at_the_start_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    """While it is opened, and while its life begins. It is let go of when it answers after all."""
+    paths = tmp_path / "hangs", tmp_path / "works"
+    for path in paths:
+        filled(path, 3).close()
+    monkeypatch.setattr(nvme, "OPEN_S", 0.2)
+    files, go_on, first = FaultyFiles(), threading.Event(), iter([True])
+    honest = getattr(files, call)
+
+    def hang(fd: int) -> int | None:
+        if next(first, False):
+            assert go_on.wait(WAIT_S)
+        return cast("int | None", honest(fd))
+
+    monkeypatch.setattr(files, call, hang)
+    rig = Rig(*paths, files=files)
+    rig.restore()
+    info, (works, hangs) = rig.tier.describe(), rig.tier.detail().drives
+    assert (info.up, info.slabs, works.up, hangs.up, hangs.path) == (True, SLABS, True, False, str(paths[0]))
+    assert "no answer within 0.2 s" in hangs.reason
+    assert hangs.reason in info.warnings
+    go_on.set()
+    rig.close()
+    again = Rig(*paths)
+    assert again.tier.describe().slabs == 2 * SLABS
+    again.close()
 
 
 def test_drive_that_cannot_be_used_is_left_out_with_a_warning(tmp_path: Path) -> None:
