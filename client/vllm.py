@@ -23,7 +23,7 @@ from forebay.client.vllm_layout import (
     refuse_unsupported,
     segment_table,
 )
-from forebay.client.vllm_scheduler import WAIT_MS, LeaseDesk, VllmScheduler
+from forebay.client.vllm_scheduler import LeaseDesk, VllmScheduler
 from forebay.client.vllm_stats import ForebayMetrics, ForebayStats
 from forebay.client.vllm_work import StepWork
 from forebay.client.vllm_worker import VllmWorker, wait_for
@@ -197,7 +197,7 @@ def _own_options(extra: Mapping[str, object]) -> tuple[dict[str, str], float]:
         if not isinstance(value, str):
             raise BadRequest(f"{key} is text, not {value!r}")
         texts[key] = value
-    wait_ms = extra.get("scheduler_wait_ms", WAIT_MS)
+    wait_ms = extra.get("scheduler_wait_ms", 0)
     if isinstance(wait_ms, bool) or not isinstance(wait_ms, int | float) or not 0 <= wait_ms <= 100:
         raise BadRequest(f"scheduler_wait_ms is a number of milliseconds from 0 to 100, not {wait_ms!r}")
     return texts, float(wait_ms)

@@ -94,10 +94,10 @@ class Geometry:
             all(type(spec).__name__ == REPLICATED for spec in specs),
         )
 
-    def names_of(self, block_hashes: Sequence[bytes]) -> list[bytes]:
-        """The blocks' names, out of the engine's hashes."""
+    def names_of(self, block_hashes: Sequence[bytes], first: int, last: int) -> list[bytes]:
+        """The names of blocks `first` to `last`, the latter not included, as far as the engine's hashes go."""
         step = self.hash_step
-        return list(block_hashes) if step == 1 else list(block_hashes[step - 1 :: step])
+        return list(block_hashes[(first + 1) * step - 1 : last * step : step])
 
 
 def _kind(spec: Any) -> str:

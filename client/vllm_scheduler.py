@@ -1,8 +1,10 @@
 """The scheduler's half of the vLLM connector: what to promise, what to load, what to store.
 
-Leases are asked for on a thread of their own: the scheduler waits a moment for the answer and else is told "not known
-yet", so that a daemon that hangs costs it that moment. A request holds its lease from before anything is promised until
-its load has ended, whichever way; leases that are lost on the way end with their time to live, or with the process.
+Leases are asked for and given back on a thread of their own. The scheduler is told "not known yet" until the answer is
+there; it waits for it only where that is set, and in a step no longer than is set, however many requests there are.
+Waiting was the default once: the thread that asks and the scheduler then wanted the interpreter at the same moment, and
+the answer was hardly ever there in time. A request holds its lease from before anything is promised until its load has
+ended, whichever way; leases that are lost on the way end with their time to live, or with the process.
 
 Blocks are never kept from the engine for the sake of a store. The engine says each step which blocks it is about to
 overwrite, these go along as `StepWork.fresh`, and a worker that still copies one of them throws the copy away. So
@@ -21,9 +23,7 @@ from typing import Any, Protocol
 
 from forebay.client.vllm_layout import Geometry
 from forebay.client.vllm_work import Load, StepWork, Store
-
-WAIT_MS = 0.2
-"""The longest that one hook waits for the daemon by default. An answer that comes later is there in the next step."""
+from forebay.kvstore.errors import ForebayError
 
 LEASE_TTL_MS = 30_000
 LEASE_USE_S = 10.0
@@ -51,7 +51,7 @@ class _Question:
     """One `acquire` on its way. Whoever comes second, the answer or the end of the request, releases the lease."""
 
     ns: Any
-    hashes: tuple[bytes, ...]
+    hashes: Sequence[bytes]
     asked_at: float
     answered: threading.Event = field(default_factory=threading.Event)
     lease: HeldLease | None = None
@@ -59,49 +59,59 @@ class _Question:
 
 
 class LeaseDesk:
-    """Asks for leases on a thread of its own, one after the other."""
+    """Asks for leases, and gives them back, on a thread of its own, one after the other."""
 
     def __init__(self, client: LeaseClient, clock: Callable[[], float] = time.monotonic) -> None:
         self._client = client
         self._clock = clock
         self._lock = threading.Lock()
-        self._questions: queue.SimpleQueue[_Question | None] = queue.SimpleQueue()
+        self._work: queue.SimpleQueue[_Question | HeldLease | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="forebay-leases", daemon=True)
         self._thread.start()
 
     def ask(self, ns: Any, hashes: Sequence[bytes]) -> _Question:
-        question = _Question(ns, tuple(hashes), self._clock())
-        self._questions.put(question)
+        """Does not wait."""
+        question = _Question(ns, hashes, self._clock())
+        self._work.put(question)
         return question
 
     def drop(self, question: _Question) -> None:
-        """Nobody wants the answer any more: a lease it brings, or brought, is released. Idempotent."""
+        """Nobody wants the answer any more: a lease it brings, or brought, is released. Idempotent; does not wait."""
         with self._lock:
             question.dropped = True
             lease, question.lease = question.lease, None
         if lease is not None:
-            lease.release()
+            self._work.put(lease)
 
     def is_old(self, question: _Question) -> bool:
         return self._clock() - question.asked_at > LEASE_USE_S
 
     def close(self) -> None:
-        self._questions.put(None)
+        """What was dropped before is released."""
+        self._work.put(None)
         self._thread.join(CLOSE_S)
 
     def _run(self) -> None:
-        while (question := self._questions.get()) is not None:
-            lease = None
-            try:
+        while (work := self._work.get()) is not None:
+            if isinstance(work, _Question):
+                self._answer(work)
+            else:
+                work.release()
+
+    def _answer(self, question: _Question) -> None:
+        lease = None
+        try:
+            if not question.dropped:
+                lease = self._client.acquire(question.ns, question.hashes, LEASE_TTL_MS)
+        except ForebayError:  # a bug of ours, to the scheduler a miss: it goes on without us
+            pass
+        finally:
+            with self._lock:
                 if not question.dropped:
-                    lease = self._client.acquire(question.ns, question.hashes, LEASE_TTL_MS)
-            finally:  # an error is the client's bug; the scheduler must not wait for it
-                with self._lock:
-                    if not question.dropped:
-                        question.lease, lease = lease, None
-                if lease is not None:
-                    lease.release()
-                question.answered.set()
+                    question.lease, lease = lease, None
+            if lease is not None:
+                lease.release()
+            question.answered.set()
 
 
 @dataclass(slots=True)
@@ -119,17 +129,22 @@ class _Tracked:
 
 @dataclass(slots=True)
 class _Asked:
-    """A request's question and what it is for."""
+    """A request's question and what it is for.
+
+    Attributes:
+        waited: a hook has waited for it; the next one does not.
+    """
 
     question: _Question
     first_block: int
+    waited: bool = False
 
 
 class VllmScheduler:
     """For the scheduler's thread.
 
     Args:
-        wait_s: the longest that one hook waits for the daemon's answer.
+        wait_s: the longest that the hooks of one step wait for the daemon's answers, taken together.
         give_up_s: a question unanswered for so long is a miss.
         loads, stores: whether this engine takes blocks from forebay, and gives it any.
     """
@@ -149,7 +164,7 @@ class VllmScheduler:
         self._desk = desk
         self._ns = ns
         self._geometry = geometry
-        self._wait_s = wait_s
+        self._wait_s = self._wait_left_s = wait_s
         self._give_up_s = give_up_s
         self._loads_on = loads
         self._stores_on = stores
@@ -171,7 +186,7 @@ class VllmScheduler:
         return len(self._tracked)
 
     def matched(self, request: Any, computed_tokens: int) -> tuple[int | None, bool]:
-        """vLLM's `get_num_new_matched_tokens`. Blocking: at most `wait_s`.
+        """vLLM's `get_num_new_matched_tokens`. Blocking: what is left of the step's `wait_s`.
 
         A request is promised blocks once between two preemptions: one whose load has failed computes.
         """
@@ -186,12 +201,12 @@ class VllmScheduler:
             self._forget_question(id_)
             asked = None
         if asked is None:
-            hashes = self._geometry.names_of(request.block_hashes)[first:last]
+            hashes = self._geometry.names_of(request.block_hashes, first, last)
             if not hashes:
                 return 0, False
             asked = self._asked[id_] = _Asked(self._desk.ask(self._ns, hashes), first)
         question = asked.question
-        if not question.answered.wait(self._wait_s):
+        if not self._is_answered(asked):
             if self._clock() - question.asked_at < self._give_up_s:
                 return None, False
             self._forget_question(id_)
@@ -202,6 +217,19 @@ class VllmScheduler:
             self._forget_question(id_)
             return 0, False
         return blocks * tokens, True
+
+    def _is_answered(self, asked: _Asked) -> bool:
+        """Waits for it at most once."""
+        question = asked.question
+        if question.answered.is_set():
+            return True
+        if asked.waited or self._wait_left_s <= 0:
+            return False
+        asked.waited = True
+        begun = self._clock()
+        answered = question.answered.wait(self._wait_left_s)
+        self._wait_left_s -= self._clock() - begun
+        return answered
 
     def allocated(self, request: Any, block_ids: Sequence[int], external_tokens: int) -> None:
         """vLLM's `update_state_after_alloc`: with tokens to load it is now certain that they are wanted."""
@@ -216,7 +244,7 @@ class VllmScheduler:
         first, count = asked.first_block, external_tokens // self._geometry.block_tokens
         ids = tuple(block_ids[first : first + count])
         self._promised[id_] = request.num_preemptions
-        self._loads.append(Load(id_, asked.question.hashes[:count], ids))
+        self._loads.append(Load(id_, tuple(asked.question.hashes[:count]), ids))
         self._fresh.update(ids)
 
     def step(self, output: Any) -> StepWork:
@@ -224,7 +252,7 @@ class VllmScheduler:
         self._take_blocks(output)
         stores = self._stores(output) if self._stores_on else ()
         work = StepWork(tuple(self._loads), tuple(stores), frozenset(self._fresh), self._reset)
-        self._loads, self._fresh = [], set()
+        self._loads, self._fresh, self._wait_left_s = [], set(), self._wait_s
         return work
 
     def loaded(self, request_ids: Iterable[str]) -> None:
@@ -294,11 +322,11 @@ class VllmScheduler:
             whole = (computed[id_] + scheduled) // self._geometry.block_tokens
             if whole <= tracked.offered:
                 continue
-            names = self._geometry.names_of(tracked.request.block_hashes)
-            first, last = tracked.offered, min(whole, len(names), len(tracked.block_ids))
-            if last > first:
-                parent = names[first - 1] if first else b""
-                ids = tuple(tracked.block_ids[first:last])
-                stores.append(Store(id_, parent, tuple(names[first:last]), ids))
-                tracked.offered = last
+            first, last = tracked.offered, min(whole, len(tracked.block_ids))
+            names = self._geometry.names_of(tracked.request.block_hashes, max(first - 1, 0), last)
+            parent, names = (names[0], names[1:]) if first and names else (b"", names)
+            if names:
+                ids = tuple(tracked.block_ids[first : first + len(names)])
+                stores.append(Store(id_, parent, tuple(names), ids))
+                tracked.offered = first + len(names)
         return stores

@@ -85,7 +85,9 @@ def test_last_hash_of_a_block_is_its_name() -> None:
     geometry = geometry_of(cache_config(hash_block_size=8))
     hashes = [bytes([i]) * 32 for i in range(5)]
     assert geometry.hash_step == 2
-    assert geometry.names_of(hashes) == [hashes[1], hashes[3]]
+    assert geometry.names_of(hashes, 0, 5) == [hashes[1], hashes[3]]
+    assert geometry.names_of(hashes, 1, 2) == [hashes[3]]
+    assert geometry.names_of(hashes, 2, 2) == []
     with pytest.raises(LayoutError, match="multiple"):
         geometry_of(cache_config(hash_block_size=12))
 

@@ -12,6 +12,8 @@ import pytest
 from forebay.client.vllm_layout import Geometry
 from forebay.client.vllm_scheduler import LEASE_USE_S, LeaseDesk, VllmScheduler
 from forebay.client.vllm_work import StepWork
+from forebay.kvstore.errors import BadRequest
+from support.live import eventually
 
 BLOCK = 16
 GEOMETRY = Geometry(("a",), (64,), BLOCK, 1, ("x",), False)
@@ -40,11 +42,14 @@ class FakeClient:
         self.leases: list[FakeLease] = []
         self.asked: list[Sequence[bytes]] = []
         self.entered = threading.Event()
+        self.error: Exception | None = None
 
     def acquire(self, ns: Any, hashes: Sequence[bytes], ttl_ms: int = 0) -> FakeLease:
         self.entered.set()
         assert self.open_.wait(WAIT_S)
         self.asked.append(hashes)
+        if self.error is not None:
+            raise self.error
         lease = FakeLease(min(self.stored, len(hashes)))
         self.leases.append(lease)
         return lease
@@ -52,6 +57,10 @@ class FakeClient:
     @property
     def held(self) -> int:
         return sum(not lease.released for lease in self.leases)
+
+    def holds(self, leases: int) -> None:
+        """Wait until so many are held: the desk releases on a thread of its own."""
+        eventually(lambda: self.held == leases, f"{leases} leases are held")
 
 
 class Clock:
@@ -125,7 +134,8 @@ def test_lease_is_held_from_the_promise_to_the_end_of_the_load(rig: Rig) -> None
     rig.scheduler.step(step_of())
     assert rig.client.held == 1
     rig.scheduler.loaded({"r"})
-    assert (rig.client.held, rig.scheduler.open_leases) == (0, 0)
+    assert rig.scheduler.open_leases == 0
+    rig.client.holds(0)
     assert rig.scheduler.step(step_of()) == StepWork()
 
 
@@ -144,7 +154,7 @@ def test_abort_releases_the_lease_whenever_it_comes(rig: Rig, when: str) -> None
     request = request_of(10 * BLOCK)
     if when == "asked":
         rig.client.open_.clear()
-        rig.scheduler._wait_s = 0.0
+        rig.scheduler._wait_left_s = 0.0
         assert rig.scheduler.matched(request, 0) == (None, False)
         assert rig.client.entered.wait(WAIT_S)
     elif when == "promised":
@@ -161,7 +171,7 @@ def test_abort_releases_the_lease_whenever_it_comes(rig: Rig, when: str) -> None
 
 def test_hung_daemon_is_not_known_yet_and_in_the_end_a_miss(rig: Rig) -> None:
     rig.client.open_.clear()
-    rig.scheduler._wait_s = 0.0
+    rig.scheduler._wait_left_s = 0.0
     request = request_of(10 * BLOCK)
     assert rig.scheduler.matched(request, 0) == (None, False)
     rig.clock.now = 0.9
@@ -173,13 +183,54 @@ def test_hung_daemon_is_not_known_yet_and_in_the_end_a_miss(rig: Rig) -> None:
 
 def test_answer_that_comes_later_is_taken_then(rig: Rig) -> None:
     rig.client.open_.clear()
-    rig.scheduler._wait_s = 0.0
+    rig.scheduler._wait_left_s = 0.0
     request = request_of(10 * BLOCK)
     assert rig.scheduler.matched(request, 0) == (None, False)
     rig.client.open_.set()
-    rig.scheduler._wait_s = WAIT_S
+    answered = rig.scheduler._asked["r"].question.answered
+    assert answered.wait(WAIT_S)
     assert rig.scheduler.matched(request, 0) == (9 * BLOCK, True)
     assert len(rig.client.asked) == 1
+
+
+def test_hooks_of_one_step_share_the_wait() -> None:
+    """However many requests wait for a daemon that hangs, a step is held up by them once."""
+    rig = Rig(wait_s=0.01)
+    rig.client.open_.clear()
+
+    class Waited(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            assert timeout is not None
+            waits.append(timeout)
+            rig.clock.now += timeout
+            return False
+
+    waits: list[float] = []
+    ask = rig.desk.ask
+
+    def asked(ns: Any, hashes: Sequence[bytes]) -> Any:
+        question = ask(ns, hashes)
+        question.answered = Waited()
+        return question
+
+    rig.desk.ask = asked  # type: ignore[method-assign]
+    requests = [request_of(4 * BLOCK, str(i)) for i in range(5)]
+    for _ in range(2):
+        assert [rig.scheduler.matched(request, 0) for request in requests] == [(None, False)] * 5
+    assert waits == [0.01]
+    rig.scheduler.step(step_of())
+    for _ in range(2):
+        assert [rig.scheduler.matched(request, 0) for request in requests] == [(None, False)] * 5
+    assert waits == [0.01, 0.01], "one more, and not for the request that was waited for"
+    rig.client.open_.set()
+    rig.scheduler.close()
+
+
+def test_error_of_the_client_is_a_miss_and_the_desk_goes_on(rig: Rig) -> None:
+    rig.client.error = BadRequest("a bug")
+    assert rig.scheduler.matched(request_of(10 * BLOCK), 0) == (0, False)
+    rig.client.error = None
+    assert rig.scheduler.matched(request_of(10 * BLOCK), 0) == (9 * BLOCK, True)
 
 
 def test_request_that_waits_for_room_keeps_its_lease_until_that_is_old(rig: Rig) -> None:
@@ -189,14 +240,16 @@ def test_request_that_waits_for_room_keeps_its_lease_until_that_is_old(rig: Rig)
     assert len(rig.client.leases) == 1
     rig.clock.now = LEASE_USE_S + 1
     assert rig.scheduler.matched(request, 0) == (9 * BLOCK, True)
-    assert (len(rig.client.leases), rig.client.held) == (2, 1)
+    assert len(rig.client.leases) == 2
+    rig.client.holds(1)
 
 
 def test_longer_local_hit_asks_anew(rig: Rig) -> None:
     request = request_of(10 * BLOCK)
     rig.scheduler.matched(request, 0)
     assert rig.scheduler.matched(request, 4 * BLOCK) == (5 * BLOCK, True)
-    assert (len(rig.client.leases), rig.client.held) == (2, 1)
+    assert len(rig.client.leases) == 2
+    rig.client.holds(1)
 
 
 def test_request_whose_load_failed_computes_until_it_is_preempted(rig: Rig) -> None:
@@ -276,7 +329,8 @@ def test_reader_only_offers_nothing() -> None:
 def test_reset_moves_to_a_namespace_of_its_own(rig: Rig) -> None:
     rig.scheduler.matched(request_of(4 * BLOCK), 0)
     rig.scheduler.reset(lambda name: "ns " + name)
-    assert (rig.client.held, rig.scheduler.open_leases) == (0, 0)
+    assert rig.scheduler.open_leases == 0
+    rig.client.holds(0)
     name = rig.scheduler.step(step_of()).reset
     assert name
     assert rig.scheduler.step(step_of()).reset == name
