@@ -8,22 +8,27 @@ step waiting for one request's load, and the engine from graphs of its forward p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from forebay.client.engine_options import CLIENT_KEYS, client_of, client_options
+from forebay.client.segments import SegmentTable
+from forebay.client.vllm_events import ForebayEvents, engine_events
 from forebay.client.vllm_layout import (
     Engine,
     Geometry,
     check_version,
+    geometries_of,
     layer_pages,
     namespace_spec,
     refuse_unsupported,
     segment_table,
 )
-from forebay.client.vllm_scheduler import LeaseDesk, VllmScheduler
+from forebay.client.vllm_leases import LeaseDesk
+from forebay.client.vllm_ledger import Ledger, Notice
+from forebay.client.vllm_scheduler import VllmScheduler
 from forebay.client.vllm_stats import ForebayMetrics, ForebayStats
 from forebay.client.vllm_work import StepWork
 from forebay.client.vllm_worker import VllmWorker, wait_for
@@ -37,6 +42,7 @@ try:
         KVConnectorBase_V1,
         KVConnectorMetadata,
         KVConnectorRole,
+        KVConnectorTransferResults,
         SupportsHMA,
     )
 except ImportError as error:
@@ -61,29 +67,34 @@ class ForebayConnector(KVConnectorBase_V1, SupportsHMA):
             {key: extra[key] for key in extra if key not in OWN_KEYS}, name=f"vllm {role.name.lower()}"
         )
         refuse_unsupported(vllm_config.parallel_config)
-        self._geometry = Geometry.of(kv_cache_config, vllm_config.cache_config)
-        engine = _engine(vllm_config, self._geometry, role)
-        self._spec = namespace_spec(vllm_config, kv_cache_config, self._geometry, engine, own)
+        self._geometries = geometries_of(kv_cache_config, vllm_config.cache_config)
+        self._specs = _specs(vllm_config, kv_cache_config, self._geometries, role, own)
         self._client = client_of(options)
+        self._kv_caches: dict[str, Any] = {}
+        events = getattr(vllm_config, "kv_events_config", None)
+        self._tells = bool(events is not None and events.enable_kv_cache_events)
+        self._ledger = Ledger(self._specs[0].shard_size)
+        self._told: list[Notice] = []
         self._scheduler: VllmScheduler | None = None
         self._worker: VllmWorker | None = None
         transfer = vllm_config.kv_transfer_config
         if role == KVConnectorRole.SCHEDULER:
             self._scheduler = VllmScheduler(
                 LeaseDesk(self._client),
-                self._client.open_namespace(self._spec),
-                self._geometry,
+                self._namespaces(""),
+                self._geometries,
                 wait_s=wait_ms / 1000,
                 give_up_s=options.timeout_ms / 1000,
                 loads=bool(transfer.is_kv_consumer),
                 stores=bool(transfer.is_kv_producer),
             )
         else:
-            self._worker = VllmWorker(self._client, self._namespace, self._spec.block_bytes)
+            block_bytes = [spec.block_bytes for spec in self._specs]
+            self._worker = VllmWorker(self._client, self._namespaces, block_bytes, self._specs[0].shard_rank)
 
-    def _namespace(self, reset: str) -> Any:
-        """The namespace after the reset of that name."""
-        return self._client.open_namespace(self._spec if not reset else _after_reset(self._spec, reset))
+    def _namespaces(self, reset: str) -> list[Any]:
+        """Each cache group's namespace after the reset of that name; empty: the first ones."""
+        return [self._client.open_namespace(_after_reset(spec, reset) if reset else spec) for spec in self._specs]
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -101,7 +112,7 @@ class ForebayConnector(KVConnectorBase_V1, SupportsHMA):
         return self._planning.matched(request, num_computed_tokens)
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
-        self._planning.allocated(request, blocks.get_block_ids()[0], num_external_tokens)
+        self._planning.allocated(request, blocks.get_block_ids(), num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: Any) -> ForebayMetadata:
         work = self._planning.step(scheduler_output)
@@ -109,6 +120,13 @@ class ForebayConnector(KVConnectorBase_V1, SupportsHMA):
 
     def update_connector_output(self, connector_output: Any) -> None:
         self._planning.loaded(connector_output.finished_recving or ())
+        events = getattr(connector_output, "kv_cache_events", None)
+        if self._tells and isinstance(events, ForebayEvents):
+            self._told += self._ledger.take(events.get_all_events())
+
+    def take_events(self) -> list[Any]:
+        told, self._told = self._told, []
+        return engine_events(told)
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         self._planning.finished(str(request.request_id))
@@ -117,10 +135,10 @@ class ForebayConnector(KVConnectorBase_V1, SupportsHMA):
     def request_finished_all_groups(
         self, request: Any, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
-        return self.request_finished(request, block_ids[0])
+        return self.request_finished(request, [])
 
     def reset_cache(self) -> bool | None:
-        self._planning.reset(self._namespace)
+        self._planning.reset(self._namespaces)
         return True
 
     # Worker
@@ -132,10 +150,21 @@ class ForebayConnector(KVConnectorBase_V1, SupportsHMA):
 
     def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
         """Raises LayoutError, and DmaError where the caches are a GPU's and it cannot be used."""
-        table = segment_table(layer_pages(kv_caches, self._geometry, self._kv_cache_config), self._geometry)
+        self._kv_caches = dict(kv_caches)
+        self._moving.register([self._table(geometry) for geometry in self._geometries])
+
+    def unregister_kv_caches(self) -> None:
+        self._moving.unregister()
+
+    def restore_kv_caches(self) -> None:
+        if self._kv_caches:
+            self.register_kv_caches(self._kv_caches)
+
+    def _table(self, geometry: Geometry) -> SegmentTable:
+        table = segment_table(layer_pages(self._kv_caches, geometry, self._kv_cache_config), geometry)
         if table.device is not None:
             self._client.prepare(table.device)
-        self._moving.register(table)
+        return table
 
     def handle_preemptions(self, kv_connector_metadata: Any) -> None:
         self._moving.begin(kv_connector_metadata)
@@ -159,8 +188,16 @@ class ForebayConnector(KVConnectorBase_V1, SupportsHMA):
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         return None, self._moving.take_loaded() or None
 
+    def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
+        loaded = self._moving.take_loaded()
+        return KVConnectorTransferResults(finished_recving=loaded, failed_recving=self._moving.take_failed_requests())
+
     def get_block_ids_with_load_errors(self) -> set[int]:
         return self._moving.take_failed_blocks()
+
+    def get_kv_connector_kv_cache_events(self) -> ForebayEvents | None:
+        notices = self._moving.take_notices()
+        return ForebayEvents(notices) if self._tells and notices else None
 
     def get_kv_connector_stats(self) -> ForebayStats | None:
         counts = self._worker.take_counts() if self._worker is not None else {}
@@ -201,6 +238,17 @@ def _own_options(extra: Mapping[str, object]) -> tuple[dict[str, str], float]:
     if isinstance(wait_ms, bool) or not isinstance(wait_ms, int | float) or not 0 <= wait_ms <= 100:
         raise BadRequest(f"scheduler_wait_ms is a number of milliseconds from 0 to 100, not {wait_ms!r}")
     return texts, float(wait_ms)
+
+
+def _specs(
+    vllm_config: Any, kv_cache_config: Any, geometries: Sequence[Geometry], role: Any, own: Mapping[str, str]
+) -> list[NamespaceSpec]:
+    specs = []
+    for index, geometry in enumerate(geometries):
+        group = f"group-{index}-of-{len(geometries)}" if len(geometries) > 1 else ""
+        engine = _engine(vllm_config, geometry, role)
+        specs.append(namespace_spec(vllm_config, kv_cache_config, geometry, engine, own, group))
+    return specs
 
 
 def _engine(vllm_config: Any, geometry: Geometry, role: Any) -> Engine:

@@ -4,8 +4,9 @@ The scheduler's process has to name the namespace before any worker has allocate
 vLLM's own `KVCacheConfig`, which both sides are given, and each worker then compares it with the tensors it really got.
 Nothing here imports vLLM or torch: its objects are read by their attributes, which keeps the rules testable without it.
 
-Blocks of hybrid models (several cache groups, sliding windows, recurrent state) are refused at start-up: vLLM itself
-can recompute a failed load only where all layers are in one group of full attention.
+A hybrid model's layers are in several cache groups, each with a geometry and a namespace of its own. Full attention and
+sliding windows are taken; recurrent state, windows without any full attention and what only parts of vLLM know how to
+load are refused at start-up.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ VERSION_MAX = (0, 33)
 """Minor releases of vLLM whose connector interface and layouts this was written against."""
 
 FULL_ATTENTION = frozenset(("FullAttentionSpec", "MLAAttentionSpec"))
+SLIDING_WINDOW = "SlidingWindowSpec"
 REPLICATED = "MLAAttentionSpec"
 HASH_BYTES = {"sha256": 32, "sha256_cbor": 32, "xxhash": 16, "xxhash_cbor": 16}
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".gguf", ".json")
@@ -45,7 +47,7 @@ def check_version(version: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """One block of one rank.
+    """One block of one cache group of one rank.
 
     Attributes:
         layers: names of the layers, in the order in which their pages lie in a slot.
@@ -54,6 +56,7 @@ class Geometry:
         hash_step: how many of the engine's block hashes make one block; its name is the last of them.
         kinds: class, heads, head size and element type of each layer's cache, in words.
         replicated: every rank holds the same bytes.
+        window: tokens before the next one that the layers still look at; 0: all.
     """
 
     layers: tuple[str, ...]
@@ -62,42 +65,80 @@ class Geometry:
     hash_step: int
     kinds: tuple[str, ...]
     replicated: bool
+    window: int = 0
 
     @classmethod
-    def of(cls, kv_cache_config: Any, cache_config: Any) -> Geometry:
-        """Raises LayoutError: what cannot be kept block by block, with what to do about it."""
-        groups = list(kv_cache_config.kv_cache_groups)
-        if len(groups) != 1:
-            raise LayoutError(
-                f"the model has {len(groups)} KV cache groups; forebay keeps models with one group of full attention: "
-                "--disable-hybrid-kv-cache-manager turns sliding windows into full attention where that is possible"
-            )
-        names = tuple(groups[0].layer_names)
-        whole = groups[0].kv_cache_spec
+    def of(cls, group: Any, hash_tokens: int) -> Geometry:
+        """Of one of vLLM's cache groups. Raises LayoutError: what cannot be kept block by block."""
+        names = tuple(group.layer_names)
+        whole = group.kv_cache_spec
         per_layer: Mapping[str, Any] = getattr(whole, "kv_cache_specs", None) or dict.fromkeys(names, whole)
         specs = [per_layer[name] for name in names]
-        for name, spec in zip(names, specs, strict=True):
-            if type(spec).__name__ not in FULL_ATTENTION:
-                raise LayoutError(
-                    f"layer {name} keeps {type(spec).__name__}; forebay keeps full attention and MLA only"
-                )
+        windows = {_window(name, spec) for name, spec in zip(names, specs, strict=True)}
+        if len(windows) != 1:
+            raise LayoutError(f"layers of one group look back {', '.join(map(str, sorted(windows)))} tokens (0: all)")
         tokens = int(whole.block_size)
-        hashed = int(getattr(kv_cache_config, "hash_block_size", None) or cache_config.block_size)
-        if tokens % hashed:
-            raise LayoutError(f"blocks of {tokens} tokens are no multiple of the {hashed} tokens that are hashed")
+        if tokens % hash_tokens:
+            raise LayoutError(f"blocks of {tokens} tokens are no multiple of the {hash_tokens} tokens that are hashed")
         return cls(
             names,
             tuple(int(spec.page_size_bytes) for spec in specs),
             tokens,
-            tokens // hashed,
+            tokens // hash_tokens,
             tuple(map(_kind, specs)),
             all(type(spec).__name__ == REPLICATED for spec in specs),
+            windows.pop(),
         )
 
     def names_of(self, block_hashes: Sequence[bytes], first: int, last: int) -> list[bytes]:
         """The names of blocks `first` to `last`, the latter not included, as far as the engine's hashes go."""
         step = self.hash_step
         return list(block_hashes[(first + 1) * step - 1 : last * step : step])
+
+    def needed_from(self, computed_tokens: int) -> int:
+        """The token with which the first block begins that is looked at once so many tokens are computed."""
+        if not self.window:
+            return 0
+        return max(0, computed_tokens - self.window) // self.block_tokens * self.block_tokens
+
+
+def geometries_of(kv_cache_config: Any, cache_config: Any) -> tuple[Geometry, ...]:
+    """One for each cache group, in vLLM's order. Raises LayoutError: what cannot be kept, with what to do about it."""
+    groups = list(kv_cache_config.kv_cache_groups)
+    hashed = int(getattr(kv_cache_config, "hash_block_size", None) or cache_config.block_size)
+    try:
+        geometries = tuple(Geometry.of(group, hashed) for group in groups)
+    except LayoutError as error:
+        if len(groups) == 1:
+            raise
+        raise LayoutError(f"{error}; --disable-hybrid-kv-cache-manager may make full attention of it") from error
+    if all(geometry.window for geometry in geometries):
+        raise LayoutError("all layers have sliding windows; forebay keeps such only in models with full attention too")
+    if len(groups) > 1:
+        for group in groups:
+            _refuse_special(group)
+    return geometries
+
+
+def _refuse_special(group: Any) -> None:
+    """Groups beside others that vLLM fills, resumes or shortens in ways of their own."""
+    if (
+        getattr(group, "is_eagle_group", False)
+        or getattr(group, "host_resident", False)
+        or not getattr(group, "enable_kv_transfer", True)
+        or getattr(group.kv_cache_spec, "prefix_replay_tokens", 0)
+    ):
+        raise LayoutError(f"the cache group of {group.layer_names[0]} is of a kind that forebay does not keep")
+
+
+def _window(layer: str, spec: Any) -> int:
+    """How far a layer looks back before the next token; 0 for full attention. Raises LayoutError."""
+    kind = type(spec).__name__
+    if kind in FULL_ATTENTION:
+        return 0
+    if kind != SLIDING_WINDOW:
+        raise LayoutError(f"layer {layer} keeps {kind}; forebay keeps full attention, MLA and sliding windows only")
+    return max(1, int(spec.sliding_window) - 1 + int(getattr(spec, "extra_retained_tokens", 0) or 0))
 
 
 def _kind(spec: Any) -> str:
@@ -127,9 +168,16 @@ class Engine:
 
 
 def namespace_spec(
-    vllm_config: Any, kv_cache_config: Any, geometry: Geometry, engine: Engine, extra: Mapping[str, str]
+    vllm_config: Any,
+    kv_cache_config: Any,
+    geometry: Geometry,
+    engine: Engine,
+    extra: Mapping[str, str],
+    group: str = "",
 ) -> NamespaceSpec:
-    """The namespace of one rank's blocks; `extra` may override ``model`` and ``revision`` and set ``tenant_salt``.
+    """The namespace of one rank's blocks of one cache group, which `group` names where there are several.
+
+    `extra` may override ``model`` and ``revision`` and set ``tenant_salt``.
 
     Raises BadRequest: hashes of an unknown algorithm, or parallelism that splits a block in other ways.
     """
@@ -145,6 +193,7 @@ def namespace_spec(
         str(getattr(kv_cache_config, "kv_cache_layout", None)),
         _attention(vllm_config),
         _digest(geometry.kinds),
+        *([group] if group else []),
     )
     spec = NamespaceSpec(
         model=extra.get("model") or str(model.model),

@@ -13,105 +13,16 @@ neither an abort nor a dead daemon can leave a block behind that nobody gives ba
 
 from __future__ import annotations
 
-import queue
 import secrets
-import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from math import lcm
+from typing import Any
 
 from forebay.client.vllm_layout import Geometry
-from forebay.client.vllm_work import Load, StepWork, Store
-from forebay.kvstore.errors import ForebayError
-
-LEASE_TTL_MS = 30_000
-LEASE_USE_S = 10.0
-"""A lease older than this is asked for anew before it is promised."""
-
-CLOSE_S = 1.0
-
-
-class HeldLease(Protocol):
-    """What an `acquire` grants; true when it holds any block."""
-
-    def __len__(self) -> int: ...
-
-    def release(self) -> None: ...
-
-
-class LeaseClient(Protocol):
-    """What this side asks of a client; `forebay.client.Client` is one."""
-
-    def acquire(self, ns: Any, hashes: Sequence[bytes], ttl_ms: int = 0) -> HeldLease: ...
-
-
-@dataclass(slots=True)
-class _Question:
-    """One `acquire` on its way. Whoever comes second, the answer or the end of the request, releases the lease."""
-
-    ns: Any
-    hashes: Sequence[bytes]
-    asked_at: float
-    answered: threading.Event = field(default_factory=threading.Event)
-    lease: HeldLease | None = None
-    dropped: bool = False
-
-
-class LeaseDesk:
-    """Asks for leases, and gives them back, on a thread of its own, one after the other."""
-
-    def __init__(self, client: LeaseClient, clock: Callable[[], float] = time.monotonic) -> None:
-        self._client = client
-        self._clock = clock
-        self._lock = threading.Lock()
-        self._work: queue.SimpleQueue[_Question | HeldLease | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="forebay-leases", daemon=True)
-        self._thread.start()
-
-    def ask(self, ns: Any, hashes: Sequence[bytes]) -> _Question:
-        """Does not wait."""
-        question = _Question(ns, hashes, self._clock())
-        self._work.put(question)
-        return question
-
-    def drop(self, question: _Question) -> None:
-        """Nobody wants the answer any more: a lease it brings, or brought, is released. Idempotent; does not wait."""
-        with self._lock:
-            question.dropped = True
-            lease, question.lease = question.lease, None
-        if lease is not None:
-            self._work.put(lease)
-
-    def is_old(self, question: _Question) -> bool:
-        return self._clock() - question.asked_at > LEASE_USE_S
-
-    def close(self) -> None:
-        """What was dropped before is released."""
-        self._work.put(None)
-        self._thread.join(CLOSE_S)
-
-    def _run(self) -> None:
-        while (work := self._work.get()) is not None:
-            if isinstance(work, _Question):
-                self._answer(work)
-            else:
-                work.release()
-
-    def _answer(self, question: _Question) -> None:
-        lease = None
-        try:
-            if not question.dropped:
-                lease = self._client.acquire(question.ns, question.hashes, LEASE_TTL_MS)
-        except ForebayError:  # a bug of ours, to the scheduler a miss: it goes on without us
-            pass
-        finally:
-            with self._lock:
-                if not question.dropped:
-                    question.lease, lease = lease, None
-            if lease is not None:
-                lease.release()
-            question.answered.set()
+from forebay.client.vllm_leases import Chain, LeaseDesk, Question
+from forebay.client.vllm_work import Load, Part, StepWork, Store
 
 
 @dataclass(slots=True)
@@ -119,24 +30,24 @@ class _Tracked:
     """A request that has blocks.
 
     Attributes:
-        offered: leading blocks that were given to the workers to store, or offered to them.
+        block_ids: of each cache group, by position in the prompt; those that a window has left behind are others' now.
+        offered: of each group, leading blocks that were given to the workers to store, or offered to them.
     """
 
     request: Any
-    block_ids: list[int] = field(default_factory=list)
-    offered: int = 0
+    block_ids: list[list[int]] = field(default_factory=list)
+    offered: list[int] = field(default_factory=list)
 
 
 @dataclass(slots=True)
 class _Asked:
-    """A request's question and what it is for.
+    """A request's question.
 
     Attributes:
         waited: a hook has waited for it; the next one does not.
     """
 
-    question: _Question
-    first_block: int
+    question: Question
     waited: bool = False
 
 
@@ -144,6 +55,7 @@ class VllmScheduler:
     """For the scheduler's thread.
 
     Args:
+        namespaces, geometries: of each cache group, in the engine's order.
         wait_s: the longest that the hooks of one step wait for the daemon's answers, taken together.
         give_up_s: a question unanswered for so long is a miss.
         loads, stores: whether this engine takes blocks from forebay, and gives it any.
@@ -152,8 +64,8 @@ class VllmScheduler:
     def __init__(
         self,
         desk: LeaseDesk,
-        ns: Any,
-        geometry: Geometry,
+        namespaces: Sequence[Any],
+        geometries: Sequence[Geometry],
         *,
         wait_s: float,
         give_up_s: float,
@@ -162,8 +74,9 @@ class VllmScheduler:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._desk = desk
-        self._ns = ns
-        self._geometry = geometry
+        self._namespaces = namespaces
+        self._geometries = tuple(geometries)
+        self._step_tokens = lcm(*(geometry.block_tokens for geometry in geometries))
         self._wait_s = self._wait_left_s = wait_s
         self._give_up_s = give_up_s
         self._loads_on = loads
@@ -190,21 +103,21 @@ class VllmScheduler:
 
         A request is promised blocks once between two preemptions: one whose load has failed computes.
         """
-        id_, tokens = str(request.request_id), self._geometry.block_tokens
-        first, last = computed_tokens // tokens, (int(request.num_tokens) - 1) // tokens
+        id_, step = str(request.request_id), self._step_tokens
+        first, last = computed_tokens // step * step, (int(request.num_tokens) - 1) // step * step
         skipped = not self._loads_on or getattr(request, "skip_reading_prefix_cache", False)
         if skipped or last <= first or self._promised.get(id_) == request.num_preemptions:
             self._forget_question(id_)
             return 0, False
         asked = self._asked.get(id_)
-        if asked is not None and (asked.first_block != first or self._desk.is_old(asked.question)):
+        if asked is not None and (asked.question.first != first or self._desk.is_old(asked.question)):
             self._forget_question(id_)
             asked = None
         if asked is None:
-            hashes = self._geometry.names_of(request.block_hashes, first, last)
-            if not hashes:
+            chains = self._chains(request, first, last)
+            if not chains:
                 return 0, False
-            asked = self._asked[id_] = _Asked(self._desk.ask(self._ns, hashes), first)
+            asked = self._asked[id_] = _Asked(self._desk.ask(chains, first, step))
         question = asked.question
         if not self._is_answered(asked):
             if self._clock() - question.asked_at < self._give_up_s:
@@ -212,11 +125,22 @@ class VllmScheduler:
             self._forget_question(id_)
             self._promised[id_] = request.num_preemptions
             return 0, False
-        blocks = 0 if question.lease is None else min(len(question.lease), last - first)
-        if not blocks:
+        tokens = min(question.tokens, last) - first
+        if tokens <= 0:
             self._forget_question(id_)
             return 0, False
-        return blocks * tokens, True
+        return tokens, True
+
+    def _chains(self, request: Any, first: int, last: int) -> tuple[Chain, ...]:
+        """Each group's, between those tokens; none where the engine has hashed nothing there."""
+        chains = []
+        for ns, geometry in zip(self._namespaces, self._geometries, strict=True):
+            size = geometry.block_tokens
+            names = geometry.names_of(request.block_hashes, first // size, last // size)
+            if not names:
+                return ()
+            chains.append(Chain(ns, geometry, names))
+        return tuple(chains)
 
     def _is_answered(self, asked: _Asked) -> bool:
         """Waits for it at most once."""
@@ -231,7 +155,7 @@ class VllmScheduler:
         self._wait_left_s -= self._clock() - begun
         return answered
 
-    def allocated(self, request: Any, block_ids: Sequence[int], external_tokens: int) -> None:
+    def allocated(self, request: Any, block_ids: Sequence[Sequence[int]], external_tokens: int) -> None:
         """vLLM's `update_state_after_alloc`: with tokens to load it is now certain that they are wanted."""
         id_ = str(request.request_id)
         self._tracked.setdefault(id_, _Tracked(request)).request = request
@@ -241,11 +165,11 @@ class VllmScheduler:
                 self._forget_question(id_)
             return
         assert asked is not None, "tokens promised without a lease"
-        first, count = asked.first_block, external_tokens // self._geometry.block_tokens
-        ids = tuple(block_ids[first : first + count])
         self._promised[id_] = request.num_preemptions
-        self._loads.append(Load(id_, tuple(asked.question.hashes[:count]), ids))
-        self._fresh.update(ids)
+        parts = tuple(_parts(asked.question, block_ids, asked.question.first + external_tokens))
+        self._loads.append(Load(id_, parts))
+        for part in parts:
+            self._fresh.update(part.block_ids)
 
     def step(self, output: Any) -> StepWork:
         """vLLM's `build_connector_meta`."""
@@ -266,14 +190,14 @@ class VllmScheduler:
         self._promised.pop(request_id, None)
         self._tracked.pop(request_id, None)
 
-    def reset(self, ns_of: Callable[[str], Any]) -> None:
+    def reset(self, namespaces_of: Callable[[str], Sequence[Any]]) -> None:
         """Its weights may have changed: from now on this engine uses a namespace that no other has."""
         self._reset = secrets.token_hex(8)
-        self._ns = ns_of(self._reset)
+        self._namespaces = namespaces_of(self._reset)
         for id_ in list(self._asked):
             self._forget_question(id_)
         for tracked in self._tracked.values():
-            tracked.offered = 0
+            tracked.offered = [0] * len(self._geometries)
 
     def close(self) -> None:
         for id_ in list(self._asked):
@@ -288,28 +212,31 @@ class VllmScheduler:
     def _take_blocks(self, output: Any) -> None:
         """Which blocks each request has now, and which of them are new to it."""
         for new in output.scheduled_new_reqs:
-            self._replace(str(new.req_id), list(new.block_ids[0]), int(new.num_computed_tokens))
+            self._replace(str(new.req_id), new.block_ids, int(new.num_computed_tokens))
         cached = output.scheduled_cached_reqs
         for id_, ids, computed in zip(cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True):
             if id_ in cached.resumed_req_ids:
-                self._replace(id_, list(ids[0]) if ids else [], int(computed))
+                self._replace(id_, ids or [[] for _ in self._geometries], int(computed))
             elif ids:
-                self._fresh.update(ids[0])
-                if id_ in self._tracked:
-                    self._tracked[id_].block_ids.extend(ids[0])
+                tracked = self._tracked.get(id_)
+                for group, more in enumerate(ids):
+                    self._fresh.update(more)
+                    if tracked is not None and tracked.block_ids:
+                        tracked.block_ids[group].extend(more)
 
-    def _replace(self, id_: str, block_ids: list[int], computed_tokens: int) -> None:
+    def _replace(self, id_: str, block_ids: Sequence[Sequence[int]], computed_tokens: int) -> None:
         """Blocks below the computed tokens were hit or loaded; the rest will be written."""
-        self._fresh.update(block_ids[computed_tokens // self._geometry.block_tokens :])
+        for geometry, ids in zip(self._geometries, block_ids, strict=True):
+            self._fresh.update(ids[computed_tokens // geometry.block_tokens :])
         tracked = self._tracked.get(id_)
         if tracked is not None:
-            tracked.block_ids, tracked.offered = block_ids, 0
+            tracked.block_ids, tracked.offered = [list(ids) for ids in block_ids], [0] * len(self._geometries)
 
     def _stores(self, output: Any) -> list[Store]:
         """The blocks that each scheduled request will have whole after this step and has not offered yet.
 
-        The first offer begins at the start of the prompt: what the engine had in its own cache may be absent here.
-        Tokens that are only drafted have no hash, so blocks with such are not offered.
+        The first offer begins at the start of the prompt, or of the window: what the engine had in its own cache may be
+        absent here. Tokens that are only drafted have no hash, so blocks with such are not offered.
         """
         computed = {str(new.req_id): int(new.num_computed_tokens) for new in output.scheduled_new_reqs}
         cached = output.scheduled_cached_reqs
@@ -319,14 +246,34 @@ class VllmScheduler:
             tracked = self._tracked.get(id_)
             if tracked is None or id_ not in computed:
                 continue
-            whole = (computed[id_] + scheduled) // self._geometry.block_tokens
-            if whole <= tracked.offered:
-                continue
-            first, last = tracked.offered, min(whole, len(tracked.block_ids))
-            names = self._geometry.names_of(tracked.request.block_hashes, max(first - 1, 0), last)
-            parent, names = (names[0], names[1:]) if first and names else (b"", names)
-            if names:
-                ids = tuple(tracked.block_ids[first : first + len(names)])
-                stores.append(Store(id_, parent, tuple(names), ids))
-                tracked.offered = first + len(names)
+            for group in range(len(tracked.block_ids)):
+                store = self._store(id_, tracked, group, computed[id_], computed[id_] + scheduled)
+                if store is not None:
+                    stores.append(store)
         return stores
+
+    def _store(self, id_: str, tracked: _Tracked, group: int, computed: int, whole: int) -> Store | None:
+        """One group's. The engine has given away what its window left behind at `computed` tokens."""
+        geometry, ids = self._geometries[group], tracked.block_ids[group]
+        size = geometry.block_tokens
+        first = max(tracked.offered[group], geometry.needed_from(computed) // size)
+        last = min(whole // size, len(ids))
+        if last <= first:
+            return None
+        names = geometry.names_of(tracked.request.block_hashes, max(first - 1, 0), last)
+        parent, names = (names[0], names[1:]) if first and names else (b"", names)
+        if not names:
+            return None
+        tracked.offered[group] = first + len(names)
+        blocks = tuple(ids[first : first + len(names)])
+        return Store(id_, group, parent, tuple(names), blocks, bool(geometry.window))
+
+
+def _parts(question: Question, block_ids: Sequence[Sequence[int]], end: int) -> Iterable[Part]:
+    """What each group has to load so that the engine can go on from `end` tokens."""
+    for group, (chain, ids) in enumerate(zip(question.chains, block_ids, strict=True)):
+        size = chain.geometry.block_tokens
+        begin, last = max(question.first, chain.geometry.needed_from(end)) // size, end // size
+        names = chain.names[begin - question.first // size : last - question.first // size]
+        if names:
+            yield Part(group, tuple(names), tuple(ids[begin:last]))

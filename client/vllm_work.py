@@ -6,31 +6,44 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
-class Load:
-    """Blocks to bring into the engine's memory before the request may run.
+class Part:
+    """A load's blocks of one cache group.
 
     Attributes:
+        group: the cache group, by its position.
         hashes: names of consecutive blocks of one prompt.
         block_ids: where each goes; nobody else uses these until the load is reported finished.
     """
 
-    request_id: str
+    group: int
     hashes: tuple[bytes, ...]
     block_ids: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
+class Load:
+    """Blocks to bring into the engine's memory before the request may run."""
+
+    request_id: str
+    parts: tuple[Part, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Store:
-    """Blocks that are whole once this step has run.
+    """Blocks of one cache group that are whole once this step has run.
 
     Attributes:
+        group: the cache group, by its position.
         parent: name of the block before the first; empty at the start of a prompt.
+        orphans: they are worth storing where that block is not stored.
     """
 
     request_id: str
+    group: int
     parent: bytes
     hashes: tuple[bytes, ...]
     block_ids: tuple[int, ...]
+    orphans: bool = False
 
 
 @dataclass(frozen=True, slots=True)

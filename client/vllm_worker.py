@@ -1,9 +1,10 @@
 """A worker's half of the vLLM connector: copies between the engine's blocks and forebay, on threads of its own.
 
 A load goes straight into the blocks that vLLM assigned and keeps for it. What could not be loaded is told block by
-block, for vLLM to compute. A store copies out of blocks that vLLM may give away at any time; it is told so before
-anything is overwritten (`StepWork.fresh`): what was copied by then is published, all else is thrown away. That order
-needs no lock: a mark found unset after a copy says that the copy had ended before any overwriting began.
+block, for vLLM to compute; where the model has several cache groups vLLM takes a load only as a whole. A store copies
+out of blocks that vLLM may give away at any time; it is told so before anything is overwritten (`StepWork.fresh`): what
+was copied by then is published, all else is thrown away. That order needs no lock: a mark found unset after a copy says
+that the copy had ended before any overwriting began.
 """
 
 from __future__ import annotations
@@ -11,14 +12,16 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from forebay.client.results import BlockOutcome, FetchResult, RemovalResult
 from forebay.client.segments import SegmentTable
-from forebay.client.vllm_work import Load, StepWork, Store
+from forebay.client.vllm_ledger import Notice
+from forebay.client.vllm_work import Load, Part, StepWork, Store
 from forebay.kvstore.errors import ForebayError, Timeout
 from forebay.transports.messages import EvictScope
 
@@ -34,7 +37,13 @@ DEVICE_S = 60.0
 POLL_S = 100e-6
 
 CLOSE_S = 5.0
+SLEEP_S = 30.0
 BAD_MAX = 1024
+NOTICES_MAX = 4096
+"""Notices that the engine has not taken; beyond that the oldest are lost."""
+
+LOST = frozenset(("miss", "stale", "corrupt", "failed", "peer_lost"))
+"""Reasons of a load which say that the blocks are not there; after any other the daemon only did not answer."""
 
 
 class BlockClient(Protocol):
@@ -96,22 +105,34 @@ class VllmWorker:
     """For one rank. Methods are called by the engine's thread.
 
     Args:
-        ns_of: the namespace after the reset of that name; empty: the first one.
+        namespaces_of: each cache group's namespace after the reset of that name; empty: the first ones.
+        block_bytes: of a block of each group.
+        rank: for the notices.
     """
 
-    def __init__(self, client: BlockClient, ns_of: Callable[[str], Any], block_bytes: int) -> None:
+    def __init__(
+        self,
+        client: BlockClient,
+        namespaces_of: Callable[[str], Sequence[Any]],
+        block_bytes: Sequence[int],
+        rank: int = 0,
+    ) -> None:
         self._client = client
-        self._ns_of = ns_of
-        self._ns = ns_of("")
+        self._namespaces_of = namespaces_of
+        self._namespaces = namespaces_of("")
         self._reset = ""
-        self._block_bytes = block_bytes
-        self._table: SegmentTable | None = None
+        self._block_bytes = tuple(block_bytes)
+        self._tables: Sequence[SegmentTable] = ()
         self._work = StepWork()
         self._lock = threading.Lock()
         self._jobs: set[_StoreJob] = set()
+        self._loads: set[Future[int]] = set()
         self._loaded: set[str] = set()
         self._failed_blocks: set[int] = set()
-        self._bad: dict[bytes, None] = {}
+        self._failed_requests: set[str] = set()
+        self._bad: dict[tuple[int, bytes], None] = {}
+        self._rank = rank
+        self._notices: deque[Notice] = deque(maxlen=NOTICES_MAX)
         self._counts = Counts()
         self._loaders = ThreadPoolExecutor(LOAD_THREADS, "forebay-load")
         self._queue: queue.SimpleQueue[_StoreJob | None] = queue.SimpleQueue()
@@ -119,9 +140,25 @@ class VllmWorker:
         self._storer.start()
         self._closed = False
 
-    def register(self, table: SegmentTable) -> None:
-        """Where the engine's blocks lie. What may use them on a device is waited for by each job's `ready`."""
-        self._table = table
+    def register(self, tables: Sequence[SegmentTable]) -> None:
+        """Where each cache group's blocks lie. What may use them on a device is waited for by each job's `ready`."""
+        self._tables = tables
+
+    def unregister(self) -> None:
+        """The engine is about to give its memory away: afterwards nothing is read from it or written to it.
+
+        What was not stored by now is thrown away. Idempotent. Raises Timeout when a copy does not end.
+        Blocking: until the copies under way have ended, `SLEEP_S` at most.
+        """
+        deadline = time.monotonic() + SLEEP_S
+        with self._lock:
+            jobs, loads = list(self._jobs), set(self._loads)
+        for job in jobs:
+            job.revoked = True
+        ended = all(job.copied.wait(max(0.0, deadline - time.monotonic())) for job in jobs)
+        if not ended or wait(loads, max(0.0, deadline - time.monotonic())).not_done:
+            raise Timeout(f"copies of the engine's memory have not ended within {SLEEP_S:.0f} s")
+        self._tables = ()
 
     # What a step calls, in order
 
@@ -134,7 +171,7 @@ class VllmWorker:
             return
         self._work = work
         if work.reset != self._reset:
-            self._reset, self._ns = work.reset, self._ns_of(work.reset)
+            self._reset, self._namespaces = work.reset, self._namespaces_of(work.reset)
         if not work.fresh:
             return
         with self._lock:
@@ -147,13 +184,15 @@ class VllmWorker:
     def start_loads(self, ready: Callable[[], object]) -> None:
         """`ready` returns when the device has done what it was given so far: it may still use the loads' blocks."""
         for load in self._work.loads:
-            future = self._loaders.submit(self._load, load, self._ns, ready)
+            future = self._loaders.submit(self._load, load, self._namespaces, ready)
+            with self._lock:
+                self._loads.add(future)
             future.add_done_callback(lambda done, load=load: self._ended(load, done))  # type: ignore[misc]
 
     def start_stores(self, ready: Callable[[], object]) -> None:
         """`ready` returns when the device has written the step's blocks; it is called on another thread."""
         for store in self._work.stores:
-            job = _StoreJob(store, self._ns, ready, frozenset(store.block_ids))
+            job = _StoreJob(store, self._namespaces[store.group], ready, frozenset(store.block_ids))
             with self._lock:
                 if len(self._jobs) >= STORE_JOBS_MAX or self._closed:
                     self._counts.add(dropped_blocks=len(store.hashes))
@@ -168,10 +207,23 @@ class VllmWorker:
         return loaded
 
     def take_failed_blocks(self) -> set[int]:
-        """Blocks of those that are not what they should be; ask after `take_loaded`."""
+        """Blocks of those that are not what they should be; ask after `take_loaded`. None where groups are several."""
         with self._lock:
             failed, self._failed_blocks = self._failed_blocks, set()
         return failed
+
+    def take_failed_requests(self) -> set[str]:
+        """Those whose load counts for nothing, where groups are several; ask after `take_loaded`."""
+        with self._lock:
+            failed, self._failed_requests = self._failed_requests, set()
+        return failed
+
+    def take_notices(self) -> list[Notice]:
+        """What was found stored, and what was found missing, since the last call."""
+        with self._lock:
+            notices = list(self._notices)
+            self._notices.clear()
+        return notices
 
     def take_counts(self) -> dict[str, float]:
         return self._counts.take()
@@ -195,35 +247,53 @@ class VllmWorker:
 
     # Loading, on the loaders' threads
 
-    def _load(self, load: Load, ns: Any, ready: Callable[[], object]) -> FetchResult:
-        assert self._table is not None, "loads before the caches were registered"
+    def _load(self, load: Load, namespaces: Sequence[Any], ready: Callable[[], object]) -> int:
+        """How many blocks are right, part after part, up to the first that is not."""
         begun = time.perf_counter()
         ready()
-        result = self._client.fetch(ns, load.hashes, self._table, load.block_ids, stream=None)
-        if result.reason == "corrupt":
-            self._mark_bad(load.hashes[result.blocks])
-        self._counts.add(
-            loads=1,
-            loaded_blocks=result.blocks,
-            loaded_bytes=result.blocks * self._block_bytes,
-            load_seconds=time.perf_counter() - begun,
-        )
-        return result
+        right = 0
+        for part in load.parts:
+            blocks = self._load_part(part, namespaces[part.group])
+            right += blocks
+            if blocks < len(part.hashes):
+                break
+        self._counts.add(loads=1, loaded_blocks=right, load_seconds=time.perf_counter() - begun)
+        return right
 
-    def _ended(self, load: Load, future: Future[FetchResult]) -> None:
+    def _load_part(self, part: Part, ns: Any) -> int:
+        assert self._tables, "loads before the caches were registered"
+        result = self._client.fetch(ns, part.hashes, self._tables[part.group], part.block_ids, stream=None)
+        if result.reason == "corrupt":
+            self._mark_bad(part.group, part.hashes[result.blocks])
+        if result.blocks < len(part.hashes) and result.reason in LOST:
+            self._tell(part.group, part.hashes[result.blocks :])
+        self._counts.add(loaded_bytes=result.blocks * self._block_bytes[part.group])
+        return result.blocks
+
+    def _ended(self, load: Load, future: Future[int]) -> None:
         """However a load ended, its request is told of: vLLM would wait for it for ever."""
         right = 0
         if not future.cancelled() and future.exception() is None:
-            right = future.result().blocks
-        failed = load.block_ids[right:]
-        self._counts.add(failed_blocks=len(failed))
+            right = future.result()
+        ids = [block for part in load.parts for block in part.block_ids]
+        failed = ids[right:]
         with self._lock:
-            self._failed_blocks.update(failed)
+            self._loads.discard(future)
+            if failed and len(self._block_bytes) > 1:
+                self._failed_requests.add(load.request_id)
+                failed = ids
+            else:
+                self._failed_blocks.update(failed)
             self._loaded.add(load.request_id)
+        self._counts.add(failed_blocks=len(failed))
 
-    def _mark_bad(self, name: bytes) -> None:
+    def _tell(self, group: int, hashes: Sequence[bytes], parent: bytes = b"", *, stored: bool = False) -> None:
         with self._lock:
-            self._bad[name] = None
+            self._notices.append(Notice(self._rank, group, stored, parent, tuple(hashes)))
+
+    def _mark_bad(self, group: int, name: bytes) -> None:
+        with self._lock:
+            self._bad[group, name] = None
             if len(self._bad) > BAD_MAX:
                 del self._bad[next(iter(self._bad))]
 
@@ -258,16 +328,17 @@ class VllmWorker:
         self, job: _StoreJob, parent: bytes, hashes: Sequence[bytes], ids: Sequence[int], *, last: bool
     ) -> bool:
         """Whether what follows has a place to go to."""
-        assert self._table is not None, "stores before the caches were registered"
+        assert self._tables, "stores before the caches were registered"
+        group = job.store.group
         if job.revoked:
             self._counts.add(revoked_blocks=len(hashes))
             return False
-        with self._client.reserve(job.ns, hashes, parent) as reservation:
+        with self._reserve(job, hashes, parent) as reservation:
             codes = reservation.codes
             granted = [i for i, code in enumerate(codes) if code == BlockOutcome.STORED]
             failed: Sequence[int] = ()
             if granted:
-                failed = reservation.gather(self._table, [ids[i] for i in granted], stream=None)
+                failed = reservation.gather(self._tables[group], [ids[i] for i in granted], stream=None)
             if job.revoked:
                 self._counts.add(revoked_blocks=len(granted))
                 return False
@@ -277,20 +348,31 @@ class VllmWorker:
             stored = reservation.commit(range(whole, len(granted))) if granted else 0
         self._counts.add(
             stored_blocks=stored,
-            stored_bytes=stored * self._block_bytes,
+            stored_bytes=stored * self._block_bytes[group],
             present_blocks=len(codes) - len(granted) - _refused(codes),
             rejected_blocks=_refused(codes) + len(granted) - stored,
         )
+        found = next((i for i, code in enumerate(codes) if code not in _FOUND), len(codes))
+        if found and stored == len(granted):
+            self._tell(group, hashes[:found], parent, stored=True)
         return not _refused(codes) and stored == len(granted)
+
+    def _reserve(self, job: _StoreJob, hashes: Sequence[bytes], parent: bytes) -> Any:
+        """A window's blocks are stored without the one before them, where nobody has that one any more."""
+        reservation = self._client.reserve(job.ns, hashes, parent)
+        if job.store.orphans and parent and reservation.codes[:1] == bytes([BlockOutcome.ORPHAN]):
+            reservation.abort()
+            return self._client.reserve(job.ns, hashes)
+        return reservation
 
     def _remove_bad(self, job: _StoreJob) -> None:
         """A block whose checksum was wrong goes, with what follows it, before its right bytes are offered."""
         with self._lock:
-            bad = [name for name in job.store.hashes if name in self._bad]
+            bad = [name for name in job.store.hashes if (job.store.group, name) in self._bad]
         for name in bad[:1]:
             if not self._client.evict(job.ns, [name], EvictScope.PREFIX).kept:
                 with self._lock:
-                    self._bad.pop(name, None)
+                    self._bad.pop((job.store.group, name), None)
 
 
 def wait_for(passed: Callable[[], bool]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -18,6 +19,7 @@ import pytest
 
 from forebay.client.copier import NumpyCopier
 from forebay.client.device_copier import DeviceCopier
+from forebay.client.vllm_ledger import Notice
 from forebay.client.vllm_work import StepWork
 from forebay.kvstore.errors import BadRequest, LayoutError
 from forebay.transports.dma import DmaError
@@ -26,7 +28,7 @@ from support.device_arrays import CudaTensor, LateDevices
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
 BLOCKS, BLOCK, PAGE = 6, 16, 256
-OURS = ("forebay.client.vllm", "forebay.client.vllm_stats")
+OURS = ("forebay.client.vllm", "forebay.client.vllm_stats", "forebay.client.vllm_events")
 
 
 class Role(Enum):
@@ -57,6 +59,21 @@ class FullAttentionSpec(SimpleNamespace):
     """Bears the name of vLLM's."""
 
 
+class SlidingWindowSpec(SimpleNamespace):
+    """Bears the name of vLLM's."""
+
+
+class MambaSpec(SimpleNamespace):
+    """Bears the name of vLLM's."""
+
+
+@dataclass
+class TransferResults:
+    finished_sending: set[str] = field(default_factory=set)
+    finished_recving: set[str] = field(default_factory=set)
+    failed_recving: set[str] = field(default_factory=set)
+
+
 def stand_ins() -> dict[str, ModuleType]:
     v1 = "vllm.distributed.kv_transfer.kv_connector.v1"
     contents: dict[str, dict[str, Any]] = {
@@ -65,13 +82,22 @@ def stand_ins() -> dict[str, ModuleType]:
             "KVConnectorBase_V1": Base,
             "KVConnectorMetadata": type("KVConnectorMetadata", (), {}),
             "KVConnectorRole": Role,
+            "KVConnectorTransferResults": TransferResults,
             "SupportsHMA": type("SupportsHMA", (), {}),
+        },
+        "vllm.distributed.kv_events": {
+            "KVConnectorKVEvents": type("KVConnectorKVEvents", (), {}),
+            "BlockStored": SimpleNamespace,
+            "BlockRemoved": SimpleNamespace,
         },
         f"{v1}.metrics": {"KVConnectorPromMetrics": Metrics, "KVConnectorStats": Stats},
         "vllm.platforms": {"current_platform": SimpleNamespace(device_type="cuda", get_device_name=lambda: "a device")},
         "vllm.distributed.parallel_state": {"get_tensor_model_parallel_rank": lambda: 1},
         "vllm.utils.hashing": {"get_hash_fn_by_name": lambda name: name},
-        "vllm.v1.core.kv_cache_utils": {"resolve_none_hash_seed": lambda function: "seed"},
+        "vllm.v1.core.kv_cache_utils": {
+            "resolve_none_hash_seed": lambda function: "seed",
+            "maybe_convert_block_hash": lambda name: name,
+        },
     }
     modules: dict[str, ModuleType] = {}
     for name, values in contents.items():
@@ -109,13 +135,14 @@ def vllm_config(tmp_path: Path, extra: dict[str, object] | None = None) -> Any:
     )
 
 
-def kv_cache_config(groups: int = 1) -> Any:
-    spec = FullAttentionSpec(block_size=BLOCK, page_size_bytes=PAGE, dtype=torch.float32)
-    return SimpleNamespace(
-        num_blocks=BLOCKS,
-        kv_cache_groups=[SimpleNamespace(layer_names=["a"], kv_cache_spec=spec)] * groups,
-        kv_cache_tensors=[SimpleNamespace(layers=["a"], block_stride=PAGE)],
-    )
+def kv_cache_config(*more: type[SimpleNamespace]) -> Any:
+    """One group of full attention, and one of each of those kinds."""
+    groups = []
+    for name, kind in zip("abc", (FullAttentionSpec, *more)):
+        spec = kind(block_size=BLOCK, page_size_bytes=PAGE, dtype=torch.float32, sliding_window=2 * BLOCK)
+        groups.append(SimpleNamespace(layer_names=[name], kv_cache_spec=spec))
+    tensors = [SimpleNamespace(layers=group.layer_names, block_stride=PAGE) for group in groups]
+    return SimpleNamespace(num_blocks=BLOCKS, kv_cache_groups=groups, kv_cache_tensors=tensors)
 
 
 def made(module: Any, role: Role, tmp_path: Path, extra: dict[str, object] | None = None) -> Any:
@@ -125,8 +152,9 @@ def made(module: Any, role: Role, tmp_path: Path, extra: dict[str, object] | Non
 def test_both_halves_name_one_group_of_shards(connector_module: Any, tmp_path: Path) -> None:
     scheduler = made(connector_module, Role.SCHEDULER, tmp_path)
     worker = made(connector_module, Role.WORKER, tmp_path)
-    assert (scheduler._spec.shard_rank, worker._spec.shard_rank, worker._spec.shard_size) == (0, 1, 2)
-    assert scheduler._spec.group_fingerprint() == worker._spec.group_fingerprint()
+    (theirs,), (ours,) = scheduler._specs, worker._specs
+    assert (theirs.shard_rank, ours.shard_rank, ours.shard_size) == (0, 1, 2)
+    assert theirs.group_fingerprint() == ours.group_fingerprint()
     scheduler.shutdown()
     worker.shutdown()
 
@@ -148,9 +176,36 @@ def test_wrong_settings_are_typed_errors_at_start_up(
         made(connector_module, Role.SCHEDULER, tmp_path, extra)
 
 
-def test_other_versions_and_hybrid_models_are_refused_at_start_up(connector_module: Any, tmp_path: Path) -> None:
-    with pytest.raises(LayoutError, match="2 KV cache groups"):
-        connector_module.ForebayConnector(vllm_config(tmp_path), Role.WORKER, kv_cache_config(groups=2))
+def test_groups_have_namespaces_of_their_own_and_a_load_of_them_fails_as_a_whole(
+    connector_module: Any, tmp_path: Path
+) -> None:
+    from forebay.client.vllm_work import Load, Part
+    from support.live import eventually
+
+    connector = connector_module.ForebayConnector(
+        vllm_config(tmp_path), Role.WORKER, kv_cache_config(SlidingWindowSpec)
+    )
+    assert len({spec.group_fingerprint() for spec in connector._specs}) == 2
+    memory = torch.zeros((BLOCKS, PAGE // 4))
+    connector.register_kv_caches({"a": memory, "b": memory})
+    parts = (Part(0, (b"h" * 32,), (3,)), Part(1, (b"h" * 32,), (4,)))
+    connector.bind_connector_metadata(connector_module.ForebayMetadata(loads=(Load("r", parts),)))
+    connector.start_load_kv(None)
+    found: list[TransferResults] = []
+    eventually(
+        lambda: (
+            found.append(connector.get_transfer_results(set())) or bool(found[-1].finished_recving)  # type: ignore[func-returns-value]
+        ),
+        "the load has ended",
+    )
+    assert found[-1] == TransferResults(set(), {"r"}, {"r"})
+    assert connector.get_block_ids_with_load_errors() == set()
+    connector.shutdown()
+
+
+def test_other_versions_and_recurrent_models_are_refused_at_start_up(connector_module: Any, tmp_path: Path) -> None:
+    with pytest.raises(LayoutError, match="MambaSpec"):
+        connector_module.ForebayConnector(vllm_config(tmp_path), Role.WORKER, kv_cache_config(MambaSpec))
     connector_module.vllm.__version__ = "0.40.0"
     with pytest.raises(BadRequest, match=r"0\.40\.0 is not supported"):
         made(connector_module, Role.WORKER, tmp_path)
@@ -185,12 +240,15 @@ def test_scheduler_without_a_daemon_answers_misses_and_keeps_no_block(connector_
 
 
 def test_worker_without_a_daemon_reports_every_block(connector_module: Any, tmp_path: Path) -> None:
-    from forebay.client.vllm_work import Load
+    from forebay.client.vllm_work import Load, Part
     from support.live import eventually
 
     connector = made(connector_module, Role.WORKER, tmp_path)
     connector.register_kv_caches({"a": torch.zeros((BLOCKS, PAGE // 4))})
-    work = connector_module.ForebayMetadata(loads=(Load("r", (b"h" * 32,) * 2, (3, 4)),))
+    work = connector_module.ForebayMetadata(loads=(Load("r", (Part(0, (b"h" * 32,) * 2, (3, 4)),)),))
+    for _ in range(2):
+        connector.unregister_kv_caches()
+        connector.restore_kv_caches()
     connector.handle_preemptions(work)
     connector.bind_connector_metadata(work)
     connector.start_load_kv(None)
@@ -202,6 +260,44 @@ def test_worker_without_a_daemon_reports_every_block(connector_module: Any, tmp_
     stats = connector.get_kv_connector_stats()
     assert (stats.data["failed_blocks"], connector.get_kv_connector_stats()) == (2, None)
     connector.shutdown()
+
+
+def test_events_tell_what_all_ranks_have_stored(connector_module: Any, tmp_path: Path) -> None:
+    config = vllm_config(tmp_path)
+    config.kv_events_config = SimpleNamespace(enable_kv_cache_events=True)
+    scheduler = connector_module.ForebayConnector(config, Role.SCHEDULER, kv_cache_config())
+    name = b"h" * 32
+    of_ranks = [connector_module.ForebayEvents([Notice(rank, 0, True, b"p" * 32, (name,))]) for rank in range(2)]
+
+    def told(events: Any) -> list[Any]:
+        scheduler.update_connector_output(SimpleNamespace(finished_recving=None, kv_cache_events=events))
+        found: list[Any] = scheduler.take_events()
+        return found
+
+    assert told(of_ranks[0]) == told(None) == []
+    (stored,) = told(of_ranks[1])
+    assert (stored.block_hashes, stored.parent_block_hash, stored.medium) == ([name], b"p" * 32, "CPU")
+    of_ranks[0].add_events(of_ranks[1].get_all_events())
+    of_ranks[0].increment_workers()
+    assert (len(told(of_ranks[0].aggregate())), of_ranks[0].get_number_of_workers()) == (1, 2)
+    (removed,) = told(connector_module.ForebayEvents([Notice(1, 0, False, b"", (name,))]))
+    assert (removed.block_hashes, removed.group_idx) == ([name], 0)
+    of_ranks[0].clear_events()
+    assert told(of_ranks[0]) == []
+    scheduler.shutdown()
+
+
+def test_worker_tells_events_only_where_the_engine_publishes_them(connector_module: Any, tmp_path: Path) -> None:
+    for wanted in (False, True):
+        config = vllm_config(tmp_path)
+        config.kv_events_config = SimpleNamespace(enable_kv_cache_events=wanted)
+        worker = connector_module.ForebayConnector(config, Role.WORKER, kv_cache_config())
+        worker._moving._tell(0, (b"h" * 32,), stored=True)
+        events = worker.get_kv_connector_kv_cache_events()
+        assert (events is not None) == wanted
+        assert worker.get_kv_connector_kv_cache_events() is None
+        worker.shutdown()
+    assert events.get_all_events() == [Notice(1, 0, True, b"", (b"h" * 32,))]
 
 
 def test_caches_on_a_gpu_that_cannot_be_used_are_a_typed_error_at_start_up(

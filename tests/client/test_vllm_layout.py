@@ -9,7 +9,15 @@ from typing import Any
 
 import pytest
 
-from forebay.client.vllm_layout import Engine, Geometry, check_version, layer_pages, namespace_spec, segment_table
+from forebay.client.vllm_layout import (
+    Engine,
+    Geometry,
+    check_version,
+    geometries_of,
+    layer_pages,
+    namespace_spec,
+    segment_table,
+)
 from forebay.kvstore.errors import BadRequest, LayoutError
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
@@ -28,6 +36,10 @@ class MLAAttentionSpec(SimpleNamespace):
 
 
 class SlidingWindowSpec(SimpleNamespace):
+    """Bears the name of vLLM's."""
+
+
+class MambaSpec(SimpleNamespace):
     """Bears the name of vLLM's."""
 
 
@@ -54,8 +66,13 @@ def engine_config(model: str = "a-model", **changes: Any) -> Any:
     )
 
 
+def geometries(config: Any) -> tuple[Geometry, ...]:
+    return geometries_of(config, SimpleNamespace(block_size=BLOCK))
+
+
 def geometry_of(config: Any) -> Geometry:
-    return Geometry.of(config, SimpleNamespace(block_size=BLOCK))
+    (geometry,) = geometries(config)
+    return geometry
 
 
 def fingerprint(vllm: Any, engine: Engine = ENGINE, config: Any = None, **extra: str) -> bytes:
@@ -74,11 +91,37 @@ def test_other_versions_are_refused_with_the_range(version: str) -> None:
         check_version(version)
 
 
-def test_hybrid_models_are_refused_with_what_to_do() -> None:
-    with pytest.raises(LayoutError, match="disable-hybrid-kv-cache-manager"):
-        geometry_of(cache_config(spec_of(), spec_of()))
-    with pytest.raises(LayoutError, match="SlidingWindowSpec"):
-        geometry_of(cache_config(spec_of(SlidingWindowSpec)))
+def test_sliding_windows_are_groups_of_their_own() -> None:
+    """A window of 40 is the next token and the 39 before it."""
+    full, window = geometries(cache_config(spec_of(), spec_of(SlidingWindowSpec, sliding_window=40)))
+    assert (full.window, window.window) == (0, 39)
+    assert [full.needed_from(tokens) for tokens in (16, 4000)] == [0, 0]
+    assert [window.needed_from(tokens) for tokens in (0, 16, 48, 54, 55, 64, 160)] == [0, 0, 0, 0, 16, 16, 112]
+
+
+def test_models_that_cannot_be_kept_are_refused_with_what_to_do() -> None:
+    with pytest.raises(LayoutError, match=r"MambaSpec.*disable-hybrid-kv-cache-manager"):
+        geometries(cache_config(spec_of(), spec_of(MambaSpec)))
+    with pytest.raises(LayoutError, match="MambaSpec"):
+        geometries(cache_config(spec_of(MambaSpec)))
+    with pytest.raises(LayoutError, match="all layers have sliding windows"):
+        geometries(cache_config(spec_of(SlidingWindowSpec, sliding_window=64)))
+    mixed = SimpleNamespace(
+        block_size=BLOCK, kv_cache_specs={"a": spec_of(), "b": spec_of(SlidingWindowSpec, sliding_window=65)}
+    )
+    with pytest.raises(LayoutError, match="look back 0, 64 tokens"):
+        geometries(cache_config(mixed))
+
+
+@pytest.mark.parametrize("change", [{"is_eagle_group": True}, {"enable_kv_transfer": False}, {"host_resident": True}])
+def test_special_groups_are_refused_beside_others_only(change: dict[str, bool]) -> None:
+    config = cache_config(spec_of(), spec_of(SlidingWindowSpec, sliding_window=64))
+    vars(config.kv_cache_groups[1]).update(change)
+    with pytest.raises(LayoutError, match="of a kind that forebay does not keep"):
+        geometries(config)
+    alone = cache_config()
+    vars(alone.kv_cache_groups[0]).update(change)
+    assert len(geometries(alone)) == 1
 
 
 def test_last_hash_of_a_block_is_its_name() -> None:
@@ -137,6 +180,10 @@ def test_all_that_makes_bytes_differ_makes_the_namespace_differ(tmp_path: Path) 
                 {"ranks": 2, "rank": 1},
             )
         ),
+    ]
+    group = geometry_of(cache_config())
+    known += [
+        namespace_spec(engine_config(), cache_config(), group, ENGINE, {}, name).fingerprint() for name in ("1", "2")
     ]
     (folder / "model.safetensors").write_bytes(b"others!!")
     known.append(fingerprint(local))

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from forebay.client.vllm_layout import Geometry
-from forebay.client.vllm_scheduler import LEASE_USE_S, LeaseDesk, VllmScheduler
+from forebay.client.vllm_leases import LEASE_USE_S, LeaseDesk
+from forebay.client.vllm_scheduler import VllmScheduler
 from forebay.client.vllm_work import StepWork
 from forebay.kvstore.errors import BadRequest
 from support.live import eventually
@@ -71,11 +72,13 @@ class Clock:
 
 
 class Rig:
-    def __init__(self, stored: int = 100, wait_s: float = WAIT_S, **options: Any) -> None:
+    def __init__(
+        self, stored: int = 100, wait_s: float = WAIT_S, groups: Sequence[Geometry] = (GEOMETRY,), **options: Any
+    ) -> None:
         self.client, self.clock = FakeClient(stored), Clock()
         self.desk = LeaseDesk(self.client, self.clock)
         self.scheduler = VllmScheduler(
-            self.desk, "ns", GEOMETRY, wait_s=wait_s, give_up_s=1.0, clock=self.clock, **options
+            self.desk, ["ns", "other"][: len(groups)], groups, wait_s=wait_s, give_up_s=1.0, clock=self.clock, **options
         )
 
     def admit(self, request: Any, computed: int = 0) -> int:
@@ -83,7 +86,7 @@ class Rig:
         tokens, asynchronous = self.scheduler.matched(request, computed)
         assert tokens is not None
         assert asynchronous == (tokens > 0)
-        self.scheduler.allocated(request, list(range(100, 200)), tokens)
+        self.scheduler.allocated(request, (list(range(100, 200)),), tokens)
         return tokens
 
 
@@ -101,13 +104,22 @@ def request_of(tokens: int, id_: str = "r") -> Any:
     return SimpleNamespace(request_id=id_, num_tokens=tokens, block_hashes=hashes, num_preemptions=0)
 
 
+def groups_of(blocks: Any) -> Any:
+    return blocks if isinstance(blocks, tuple) else (blocks,)
+
+
 def step_of(new: Sequence[Any] = (), cached: Sequence[Any] = (), **scheduled: int) -> Any:
-    """What the scheduler decided: new are (id, blocks, computed), cached (id, blocks or None, computed, resumed)."""
+    """What the scheduler decided: new are (id, blocks, computed), cached (id, blocks or None, computed, resumed).
+
+    Blocks are a list, or one for each cache group.
+    """
     return SimpleNamespace(
-        scheduled_new_reqs=[SimpleNamespace(req_id=i, block_ids=(b,), num_computed_tokens=c) for i, b, c in new],
+        scheduled_new_reqs=[
+            SimpleNamespace(req_id=i, block_ids=groups_of(b), num_computed_tokens=c) for i, b, c in new
+        ],
         scheduled_cached_reqs=SimpleNamespace(
             req_ids=[i for i, _, _, _ in cached],
-            new_block_ids=[None if b is None else (b,) for _, b, _, _ in cached],
+            new_block_ids=[None if b is None else groups_of(b) for _, b, _, _ in cached],
             num_computed_tokens=[c for _, _, c, _ in cached],
             resumed_req_ids={i for i, _, _, resumed in cached if resumed},
         ),
@@ -124,9 +136,10 @@ def test_local_hit_is_taken_from_the_argument(rig: Rig) -> None:
     request = request_of(10 * BLOCK)
     assert rig.admit(request, 3 * BLOCK) == 6 * BLOCK
     work = rig.scheduler.step(step_of())
-    assert work.loads[0].hashes == tuple(request.block_hashes[3:9])
-    assert work.loads[0].block_ids == tuple(range(103, 109))
-    assert set(work.loads[0].block_ids) <= work.fresh
+    (part,) = work.loads[0].parts
+    assert part.hashes == tuple(request.block_hashes[3:9])
+    assert part.block_ids == tuple(range(103, 109))
+    assert set(part.block_ids) <= work.fresh
 
 
 def test_lease_is_held_from_the_promise_to_the_end_of_the_load(rig: Rig) -> None:
@@ -144,7 +157,7 @@ def test_second_call_after_the_load_loads_nothing(rig: Rig) -> None:
     request = request_of(10 * BLOCK)
     rig.admit(request)
     rig.scheduler.step(step_of())
-    rig.scheduler.allocated(request, list(range(100, 200)), 0)
+    rig.scheduler.allocated(request, (list(range(100, 200)),), 0)
     assert rig.scheduler.step(step_of()).loads == ()
     assert rig.client.held == 1
 
@@ -208,8 +221,8 @@ def test_hooks_of_one_step_share_the_wait() -> None:
     waits: list[float] = []
     ask = rig.desk.ask
 
-    def asked(ns: Any, hashes: Sequence[bytes]) -> Any:
-        question = ask(ns, hashes)
+    def asked(*question_of: Any) -> Any:
+        question = ask(*question_of)
         question.answered = Waited()
         return question
 
@@ -326,9 +339,78 @@ def test_reader_only_offers_nothing() -> None:
     rig.scheduler.close()
 
 
+WINDOWED = Geometry(("b",), (64,), BLOCK, 1, ("x",), False, window=2 * BLOCK + 1)
+"""Looks at the last three blocks at most."""
+
+
+def hybrid() -> Rig:
+    return Rig(groups=[GEOMETRY, WINDOWED])
+
+
+def test_window_loads_only_what_the_next_token_looks_at() -> None:
+    rig, request = hybrid(), request_of(10 * BLOCK)
+    assert rig.scheduler.matched(request, 2 * BLOCK) == (7 * BLOCK, True)
+    ids = list(range(100, 109)), [0] * 6 + [206, 207, 208]
+    rig.scheduler.allocated(request, ids, 7 * BLOCK)
+    work = rig.scheduler.step(step_of())
+    full, window = work.loads[0].parts
+    assert (full.group, full.hashes, full.block_ids) == (0, tuple(request.block_hashes[2:9]), tuple(range(102, 109)))
+    assert (window.group, window.hashes, window.block_ids) == (1, tuple(request.block_hashes[6:9]), (206, 207, 208))
+    assert work.fresh == {*range(102, 109), 206, 207, 208}
+    rig.scheduler.loaded({"r"})
+    rig.client.holds(0)
+    rig.scheduler.close()
+
+
+def test_window_stores_every_block_while_it_has_it() -> None:
+    """What the window has left behind belongs to others: never offered, not even when all is offered anew."""
+    rig, request = hybrid(), request_of(10 * BLOCK)
+    rig.client.stored = 0
+    assert rig.scheduler.matched(request, 0) == (0, False)
+    rig.scheduler.allocated(request, ([], []), 0)
+
+    def offered(work: StepWork) -> list[tuple[int, bytes, tuple[int, ...], bool]]:
+        return [(store.group, store.parent, store.block_ids, store.orphans) for store in work.stores]
+
+    work = rig.scheduler.step(step_of(new=[("r", ([1, 2, 3, 4], [11, 12, 13, 14]), 0)], r=4 * BLOCK))
+    assert offered(work) == [(0, b"", (1, 2, 3, 4), False), (1, b"", (11, 12, 13, 14), True)]
+    assert work.fresh == {1, 2, 3, 4, 11, 12, 13, 14}
+    work = rig.scheduler.step(step_of(cached=[("r", ([5, 6], [15, 16]), 4 * BLOCK, False)], r=2 * BLOCK))
+    names = request.block_hashes
+    assert offered(work) == [(0, names[3], (5, 6), False), (1, names[3], (15, 16), True)]
+    rig.scheduler.reset(lambda name: ["ns", "other"])
+    work = rig.scheduler.step(step_of(cached=[("r", ([7, 8], [17, 18]), 6 * BLOCK, False)], r=2 * BLOCK))
+    assert offered(work) == [(0, b"", tuple(range(1, 9)), False), (1, names[2], (14, 15, 16, 17, 18), True)]
+    rig.scheduler.close()
+
+
+def test_local_hit_of_a_window_is_offered_from_where_it_begins() -> None:
+    rig, request = hybrid(), request_of(10 * BLOCK)
+    rig.client.stored = 0
+    rig.scheduler.matched(request, 0)
+    rig.scheduler.allocated(request, ([], []), 0)
+    blocks = list(range(1, 9)), [0, 0, 0, 14, 15, 16, 17, 18]
+    work = rig.scheduler.step(step_of(new=[("r", blocks, 6 * BLOCK)], r=2 * BLOCK))
+    assert [store.block_ids for store in work.stores] == [tuple(range(1, 9)), (14, 15, 16, 17, 18)]
+    assert work.fresh == {7, 8, 17, 18}
+    rig.scheduler.close()
+
+
+def test_answers_are_multiples_of_every_groups_blocks() -> None:
+    wide = Geometry(("c",), (64,), 2 * BLOCK, 2, ("x",), False)
+    rig = Rig(groups=[GEOMETRY, wide])
+    assert rig.scheduler.matched(request_of(10 * BLOCK), 2 * BLOCK) == (6 * BLOCK, True)
+    rig.client.stored = 3
+    assert rig.scheduler.matched(request_of(10 * BLOCK, "other"), 2 * BLOCK) == (2 * BLOCK, True)
+    for id_ in ("r", "other"):
+        rig.scheduler.finished(id_)
+    rig.client.holds(0)
+    rig.scheduler.close()
+
+
 def test_reset_moves_to_a_namespace_of_its_own(rig: Rig) -> None:
     rig.scheduler.matched(request_of(4 * BLOCK), 0)
-    rig.scheduler.reset(lambda name: "ns " + name)
+    rig.scheduler.reset(lambda name: ["ns " + name])
     assert rig.scheduler.open_leases == 0
     rig.client.holds(0)
     name = rig.scheduler.step(step_of()).reset

@@ -12,7 +12,8 @@ import numpy as np
 
 from forebay.client import Client, NamespaceSpec
 from forebay.client.vllm_layout import Geometry
-from forebay.client.vllm_scheduler import LeaseDesk, VllmScheduler
+from forebay.client.vllm_leases import LeaseDesk
+from forebay.client.vllm_scheduler import VllmScheduler
 from support.live import LiveDaemon, eventually
 
 BLOCK, BLOCKS, ASKED = 16, 1000, 300
@@ -54,7 +55,8 @@ def new_step(request: Any, computed: int) -> Any:
 
 def measured(client: Client) -> tuple[list[float], list[float], list[int]]:
     """Milliseconds of each request's first question, of all its hooks up to its end, and the tokens promised."""
-    scheduler = VllmScheduler(LeaseDesk(client), client.open_namespace(SPEC), GEOMETRY, wait_s=0.0, give_up_s=PATIENT_S)
+    namespaces = [client.open_namespace(SPEC)]
+    scheduler = VllmScheduler(LeaseDesk(client), namespaces, [GEOMETRY], wait_s=0.0, give_up_s=PATIENT_S)
     first, total, answers = [], [], []
     for number in range(ASKED):
         request, timed = request_of(number), Stopwatch()
@@ -64,7 +66,7 @@ def measured(client: Client) -> tuple[list[float], list[float], list[int]]:
             question = scheduler._asked[str(number)].question
             assert question.answered.wait(PATIENT_S)
             tokens = timed(scheduler.matched, request, 0)[0]
-        timed(scheduler.allocated, request, IDS, tokens)
+        timed(scheduler.allocated, request, (IDS,), tokens)
         timed(scheduler.step, new_step(request, tokens))
         timed(scheduler.loaded, {str(number)})
         timed(scheduler.finished, str(number))

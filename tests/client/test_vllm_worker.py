@@ -16,7 +16,8 @@ from forebay.client.copier import NumpyCopier
 from forebay.client.device_copier import DeviceCopier
 from forebay.client.results import BlockOutcome, FetchResult, RemovalResult
 from forebay.client.segments import SegmentTable
-from forebay.client.vllm_work import Load, StepWork, Store
+from forebay.client.vllm_ledger import Notice
+from forebay.client.vllm_work import Load, Part, StepWork, Store
 from forebay.client.vllm_worker import STORE_PART_BLOCKS, VllmWorker, wait_for
 from forebay.kvstore.errors import Timeout
 from forebay.kvstore.namespace import NamespaceSpec
@@ -30,9 +31,9 @@ BLOCKS = 400
 
 
 class FakeReservation:
-    def __init__(self, client: FakeClient, hashes: Sequence[bytes]) -> None:
+    def __init__(self, client: FakeClient, hashes: Sequence[bytes], *, orphans: bool) -> None:
         self.client, self.hashes = client, hashes
-        self.codes = bytes(client.outcome(name) for name in hashes)
+        self.codes = bytes(BlockOutcome.ORPHAN if orphans else client.outcome(name) for name in hashes)
         self.granted = [name for name, code in zip(hashes, self.codes) if code == BlockOutcome.STORED]
         self.slots = [np.zeros(BLOCK_BYTES, np.uint8) for _ in self.granted]
 
@@ -40,6 +41,9 @@ class FakeReservation:
         return self
 
     def __exit__(self, *details: object) -> None:
+        return None
+
+    def abort(self) -> None:
         return None
 
     def gather(self, table: SegmentTable, ids: Sequence[int], *, stream: int | None) -> Sequence[int]:
@@ -60,6 +64,8 @@ class FakeClient:
     def __init__(self) -> None:
         self.blocks: dict[bytes, NDArray[np.uint8]] = {}
         self.parents: list[bytes] = []
+        self.absent: set[bytes] = set()
+        self.missing = "miss"
         self.refused: set[bytes] = set()
         self.corrupt: set[bytes] = set()
         self.evicted: list[Sequence[bytes]] = []
@@ -82,13 +88,13 @@ class FakeClient:
             if name in self.corrupt:
                 return FetchResult(count, count * BLOCK_BYTES, "corrupt")
             if name not in self.blocks:
-                return FetchResult(count, count * BLOCK_BYTES, "miss")
+                return FetchResult(count, count * BLOCK_BYTES, self.missing)
             table.owners[0][block] = self.blocks[name]
         return FetchResult(len(hashes), len(hashes) * BLOCK_BYTES)
 
     def reserve(self, ns: Any, hashes: Sequence[bytes], parent: bytes = b"") -> FakeReservation:
         self.parents.append(parent)
-        return FakeReservation(self, hashes)
+        return FakeReservation(self, hashes, orphans=parent in self.absent)
 
     def evict(self, ns: Any, hashes: Sequence[bytes], scope: EvictScope) -> RemovalResult:
         self.evicted.append(hashes)
@@ -103,16 +109,16 @@ def names(first: int, last: int) -> tuple[bytes, ...]:
 
 
 class Rig:
-    def __init__(self) -> None:
-        self.client = FakeClient()
+    def __init__(self, groups: int = 1) -> None:
+        self.client, self.groups = FakeClient(), groups
         self.opened: list[str] = []
         self.kv = np.random.default_rng(0).integers(0, 256, (BLOCKS, BLOCK_BYTES)).astype(np.uint8)
-        self.worker = VllmWorker(self.client, self.namespace, BLOCK_BYTES)
-        self.worker.register(SegmentTable.of(self.kv))
+        self.worker = VllmWorker(self.client, self.namespaces, [BLOCK_BYTES] * groups)
+        self.worker.register([SegmentTable.of(self.kv)] * groups)
 
-    def namespace(self, reset: str) -> Any:
+    def namespaces(self, reset: str) -> list[Any]:
         self.opened.append(reset)
-        return SimpleNamespace(reset=reset)
+        return [SimpleNamespace(reset=reset, group=group) for group in range(self.groups)]
 
     def step(self, ready: Callable[[], object] = lambda: None, **work: Any) -> None:
         self.worker.begin(StepWork(**work))
@@ -137,9 +143,9 @@ def rig() -> Iterator[Rig]:
 
 
 def test_stored_bytes_come_back_into_other_blocks(rig: Rig) -> None:
-    rig.step(stores=(Store("r", b"", names(0, 3), (5, 2, 9)),))
+    rig.step(stores=(Store("r", 0, b"", names(0, 3), (5, 2, 9)),))
     rig.settle()
-    rig.step(loads=(Load("q", names(0, 3), (30, 31, 32)),))
+    rig.step(loads=(Load("q", (Part(0, names(0, 3), (30, 31, 32)),)),))
     assert rig.loaded() == {"q"}
     assert rig.worker.take_failed_blocks() == set()
     assert (rig.kv[30:33] == rig.kv[[5, 2, 9]]).all()
@@ -149,9 +155,9 @@ def test_stored_bytes_come_back_into_other_blocks(rig: Rig) -> None:
 
 
 def test_blocks_that_were_not_loaded_are_told_and_the_request_all_the_same(rig: Rig) -> None:
-    rig.step(stores=(Store("r", b"", names(0, 2), (0, 1)),))
+    rig.step(stores=(Store("r", 0, b"", names(0, 2), (0, 1)),))
     rig.settle()
-    rig.step(loads=(Load("q", names(0, 4), (30, 31, 32, 33)),))
+    rig.step(loads=(Load("q", (Part(0, names(0, 4), (30, 31, 32, 33)),)),))
     assert rig.loaded() == {"q"}
     assert rig.worker.take_failed_blocks() == {32, 33}
     assert rig.worker.take_failed_blocks() == set()
@@ -159,10 +165,10 @@ def test_blocks_that_were_not_loaded_are_told_and_the_request_all_the_same(rig: 
 
 def test_load_waits_for_the_device(rig: Rig) -> None:
     """What runs on the device may still read the blocks that the load will overwrite."""
-    rig.step(stores=(Store("r", b"", names(0, 1), (0,)),))
+    rig.step(stores=(Store("r", 0, b"", names(0, 1), (0,)),))
     rig.settle()
     gate, before = threading.Event(), rig.kv[30].copy()
-    rig.step(lambda: gate.wait(10), loads=(Load("q", names(0, 1), (30,)),))
+    rig.step(lambda: gate.wait(10), loads=(Load("q", (Part(0, names(0, 1), (30,)),)),))
     assert rig.worker.take_loaded() == set()
     assert (rig.kv[30] == before).all()
     gate.set()
@@ -172,14 +178,40 @@ def test_load_waits_for_the_device(rig: Rig) -> None:
 
 def test_error_in_a_load_fails_all_its_blocks(rig: Rig) -> None:
     rig.client.broken = True
-    rig.step(loads=(Load("q", names(0, 2), (30, 31)),))
+    rig.step(loads=(Load("q", (Part(0, names(0, 2), (30, 31)),)),))
     assert rig.loaded() == {"q"}
     assert rig.worker.take_failed_blocks() == {30, 31}
 
 
+def test_load_of_several_groups_counts_only_as_a_whole() -> None:
+    """vLLM cannot tell a block's group from its number, so it computes the request anew."""
+    rig = Rig(groups=2)
+    rig.step(stores=(Store("r", 0, b"", names(0, 2), (0, 1)), Store("r", 1, b"", names(9, 10), (2,))))
+    rig.settle()
+    rig.step(loads=(Load("q", (Part(0, names(0, 2), (30, 31)), Part(1, names(9, 10), (32,)))),))
+    assert rig.loaded() == {"q"}
+    assert (rig.worker.take_failed_requests(), rig.worker.take_failed_blocks()) == (set(), set())
+    assert (rig.kv[30:33] == rig.kv[:3]).all()
+    rig.step(loads=(Load("q", (Part(0, names(0, 2), (30, 31)), Part(1, names(8, 10), (32, 33)))),))
+    assert rig.loaded() == {"q"}
+    assert (rig.worker.take_failed_requests(), rig.worker.take_failed_blocks()) == ({"q"}, set())
+    assert rig.worker.take_failed_requests() == set()
+    assert rig.worker.take_counts()["failed_blocks"] == 4
+    rig.worker.close()
+
+
+@pytest.mark.parametrize(("orphans", "parents"), [(True, [b"p" * 32, b""]), (False, [b"p" * 32])])
+def test_windows_blocks_are_stored_without_the_one_before(rig: Rig, orphans: bool, parents: list[bytes]) -> None:
+    rig.client.absent = {b"p" * 32}
+    rig.step(stores=(Store("r", 0, b"p" * 32, names(0, 2), (0, 1), orphans),))
+    rig.settle()
+    assert rig.client.parents == parents
+    assert set(rig.client.blocks) == (set(names(0, 2)) if orphans else set())
+
+
 def test_block_taken_back_before_its_copy_is_not_published(rig: Rig) -> None:
     gate = threading.Event()
-    rig.step(lambda: gate.wait(10), stores=(Store("r", b"", names(0, 2), (5, 6)),))
+    rig.step(lambda: gate.wait(10), stores=(Store("r", 0, b"", names(0, 2), (5, 6)),))
     rig.step(fresh=frozenset({6}))
     rig.kv[6] = 0
     gate.set()
@@ -190,14 +222,14 @@ def test_block_taken_back_before_its_copy_is_not_published(rig: Rig) -> None:
 
 def test_block_taken_back_during_its_copy_is_not_published(rig: Rig) -> None:
     rig.client.on_gather = lambda: rig.worker.begin(StepWork(fresh=frozenset({6})))
-    rig.step(stores=(Store("r", b"", names(0, 2), (5, 6)),))
+    rig.step(stores=(Store("r", 0, b"", names(0, 2), (5, 6)),))
     rig.settle()
     assert rig.client.blocks == {}
 
 
 def test_other_blocks_taken_back_do_no_harm(rig: Rig) -> None:
     gate = threading.Event()
-    rig.step(lambda: gate.wait(10), stores=(Store("r", b"", names(0, 2), (5, 6)),))
+    rig.step(lambda: gate.wait(10), stores=(Store("r", 0, b"", names(0, 2), (5, 6)),))
     rig.step(fresh=frozenset({7}))
     gate.set()
     rig.settle()
@@ -206,7 +238,7 @@ def test_other_blocks_taken_back_do_no_harm(rig: Rig) -> None:
 
 def test_long_stores_go_in_parts_each_after_its_parent(rig: Rig) -> None:
     count = 2 * STORE_PART_BLOCKS + 3
-    rig.step(stores=(Store("r", b"p" * 32, names(0, count), tuple(range(count))),))
+    rig.step(stores=(Store("r", 0, b"p" * 32, names(0, count), tuple(range(count))),))
     rig.settle()
     part = STORE_PART_BLOCKS
     assert rig.client.parents == [b"p" * 32, names(part - 1, part)[0], names(2 * part - 1, 2 * part)[0]]
@@ -216,7 +248,7 @@ def test_long_stores_go_in_parts_each_after_its_parent(rig: Rig) -> None:
 def test_refused_block_ends_its_chain(rig: Rig) -> None:
     rig.client.refused = set(names(3, 4))
     count = STORE_PART_BLOCKS + 3
-    rig.step(stores=(Store("r", b"", names(0, count), tuple(range(count))),))
+    rig.step(stores=(Store("r", 0, b"", names(0, count), tuple(range(count))),))
     rig.settle()
     assert len(rig.client.parents) == 1
 
@@ -224,7 +256,7 @@ def test_refused_block_ends_its_chain(rig: Rig) -> None:
 def test_what_follows_a_block_whose_copy_failed_is_not_stored(rig: Rig) -> None:
     rig.client.failing = (2,)
     count = STORE_PART_BLOCKS + 3
-    rig.step(stores=(Store("r", b"", names(0, count), tuple(range(count))),))
+    rig.step(stores=(Store("r", 0, b"", names(0, count), tuple(range(count))),))
     rig.settle()
     assert set(rig.client.blocks) == set(names(0, 2))
     assert len(rig.client.parents) == 1
@@ -242,20 +274,20 @@ def test_events_are_asked_until_they_have_passed_or_time_is_up(monkeypatch: pyte
 
 def test_present_blocks_cost_no_copy(rig: Rig) -> None:
     for _ in range(2):
-        rig.step(stores=(Store("r", b"", names(0, 4), (0, 1, 2, 3)),))
+        rig.step(stores=(Store("r", 0, b"", names(0, 4), (0, 1, 2, 3)),))
         rig.settle()
     counts = rig.worker.take_counts()
     assert (counts["stored_blocks"], counts["present_blocks"]) == (4, 4)
 
 
 def test_corrupt_block_is_removed_before_its_right_bytes_are_offered(rig: Rig) -> None:
-    rig.step(stores=(Store("r", b"", names(0, 3), (0, 1, 2)),))
+    rig.step(stores=(Store("r", 0, b"", names(0, 3), (0, 1, 2)),))
     rig.settle()
     rig.client.corrupt = set(names(1, 2))
-    rig.step(loads=(Load("q", names(0, 3), (30, 31, 32)),))
+    rig.step(loads=(Load("q", (Part(0, names(0, 3), (30, 31, 32)),)),))
     assert rig.loaded() == {"q"}
     assert rig.worker.take_failed_blocks() == {31, 32}
-    rig.step(stores=(Store("q", b"", names(0, 3), (0, 1, 2)),))
+    rig.step(stores=(Store("q", 0, b"", names(0, 3), (0, 1, 2)),))
     rig.settle()
     assert rig.client.evicted == [[names(1, 2)[0]]]
     assert (rig.client.blocks[names(1, 2)[0]] == rig.kv[1]).all()
@@ -274,11 +306,63 @@ def test_same_work_told_twice_is_begun_once(rig: Rig) -> None:
     assert rig.opened == ["", "x"]
 
 
+def test_nothing_touches_memory_that_the_engine_gives_away(rig: Rig) -> None:
+    """Copies under way end first, and what waits its turn is not begun."""
+    gate, copying = threading.Event(), threading.Event()
+
+    def gathering() -> None:
+        copying.set()
+        assert gate.wait(10)
+
+    rig.client.on_gather = gathering
+    rig.step(stores=(Store("r", 0, b"", names(0, 1), (0,)), Store("r", 0, b"", names(1, 2), (1,))))
+    assert copying.wait(10)
+    sleeping = threading.Thread(target=rig.worker.unregister)
+    sleeping.start()
+    sleeping.join(0.05)
+    assert sleeping.is_alive()
+    gate.set()
+    sleeping.join(10)
+    assert not sleeping.is_alive()
+    rig.kv[:] = 0
+    rig.settle()
+    assert rig.client.blocks == {}
+    assert rig.worker.take_counts()["revoked_blocks"] == 2
+    rig.worker.unregister()
+
+
+def test_copy_that_does_not_end_keeps_the_engine_awake(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("forebay.client.vllm_worker.SLEEP_S", 0.01)
+    gate = threading.Event()
+    rig.step(lambda: gate.wait(10), loads=(Load("q", (Part(0, names(0, 1), (30,)),)),))
+    with pytest.raises(Timeout):
+        rig.worker.unregister()
+    gate.set()
+    assert rig.loaded() == {"q"}
+    rig.worker.unregister()
+
+
+def test_what_is_stored_and_what_is_missing_is_told(rig: Rig) -> None:
+    """A refused block ends the chain; what others had stored is there too; a daemon's silence says nothing."""
+    rig.client.refused = set(names(2, 3))
+    for _ in range(2):
+        rig.step(stores=(Store("r", 0, b"p" * 32, names(0, 4), (0, 1, 2, 3)),))
+        rig.settle()
+        assert rig.worker.take_notices() == [Notice(0, 0, True, b"p" * 32, names(0, 2))]
+    rig.step(loads=(Load("q", (Part(0, names(0, 4), (30, 31, 32, 33)),)),))
+    rig.loaded()
+    assert rig.worker.take_notices() == [Notice(0, 0, False, b"", names(2, 4))]
+    rig.client.missing = "timeout"
+    rig.step(loads=(Load("q", (Part(0, names(7, 9), (30, 31)),)),))
+    rig.loaded()
+    assert rig.worker.take_notices() == []
+
+
 def test_close_stores_what_was_given(rig: Rig) -> None:
-    rig.step(stores=(Store("r", b"", names(0, 3), (0, 1, 2)),))
+    rig.step(stores=(Store("r", 0, b"", names(0, 3), (0, 1, 2)),))
     rig.worker.close()
     assert set(rig.client.blocks) == set(names(0, 3))
-    rig.step(stores=(Store("r", b"", names(3, 4), (3,)),))
+    rig.step(stores=(Store("r", 0, b"", names(3, 4), (3,)),))
     assert rig.worker.open_stores == 0
 
 
@@ -289,12 +373,12 @@ def test_blocks_of_a_gpu_go_through_a_daemon_and_come_back_into_other_blocks() -
     with FakeDaemon() as daemon:
         copier = DeviceCopier(NumpyCopier(), LateDevices())
         client = Client(daemon.runtime_dir, timeout_ms=10_000.0, copier=copier)
-        worker = VllmWorker(client, lambda reset: client.open_namespace(spec), BLOCK_BYTES)
-        worker.register(SegmentTable.of(CudaTensor(kv)))
-        worker.begin(StepWork(stores=(Store("r", b"", names(0, 3), (5, 2, 9)),)))
+        worker = VllmWorker(client, lambda reset: [client.open_namespace(spec)], [BLOCK_BYTES])
+        worker.register([SegmentTable.of(CudaTensor(kv))])
+        worker.begin(StepWork(stores=(Store("r", 0, b"", names(0, 3), (5, 2, 9)),)))
         worker.start_stores(lambda: None)
         eventually(lambda: worker.open_stores == 0, "stores have ended")
-        worker.begin(StepWork(loads=(Load("q", names(0, 4), (30, 31, 32, 33)),)))
+        worker.begin(StepWork(loads=(Load("q", (Part(0, names(0, 4), (30, 31, 32, 33)),)),)))
         worker.start_loads(lambda: None)
         eventually(lambda: worker.take_loaded() == {"q"}, "a load has ended")
         assert worker.take_failed_blocks() == {33}

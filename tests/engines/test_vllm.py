@@ -149,7 +149,7 @@ def test_corrupt_block_is_computed_and_replaced(model: Path, daemon: LiveDaemon,
         client.reserve = recorded
         assert cold.ask(PROMPTS[:1]) == expected[:1]
         cold.settle()
-        with client.acquire(cold.moving._ns, stored[:WHOLE]) as lease:
+        with client.acquire(cold.moving._namespaces[0], stored[:WHOLE]) as lease:
             lease._places.views(writable=True)[5][:64] ^= 0xFF
     for restored in (5, WHOLE):
         with engine(model, daemon.runtime_dir, verify) as warm:
@@ -239,6 +239,30 @@ def test_reset_of_the_caches_finds_nothing_of_before(model: Path, daemon: LiveDa
         assert running.scheduler.reset_prefix_cache()
         running.ask(PROMPTS)
         assert running.restored() == RESTORED
+
+
+def test_events_tell_of_every_block_that_was_stored(model: Path, daemon: LiveDaemon) -> None:
+    from vllm.config import KVEventsConfig
+
+    published: list[Any] = []
+    args = {"kv_events_config": KVEventsConfig(enable_kv_cache_events=True, publisher="null")}
+    with engine(model, daemon.runtime_dir, **args) as running:
+        running.scheduler.kv_event_publisher.publish = published.append
+        running.ask(PROMPTS)
+        running.settle()
+        running.ask([prompt_of(3, 10)])
+    events = [event for batch in published for event in batch.events if event.medium == "CPU"]
+    assert {type(event).__name__ for event in events} == {"BlockStored"}
+    told = {name for event in events for name in event.block_hashes}
+    on_gpu = {
+        name
+        for batch in published
+        for event in batch.events
+        if type(event).__name__ == "BlockStored" and event.medium != "CPU"
+        for name in event.block_hashes
+    }
+    assert len(told) >= len(PROMPTS) * WHOLE
+    assert told <= on_gpu
 
 
 def test_many_mixed_requests_with_aborts_leave_nothing_behind(model: Path, daemon: LiveDaemon) -> None:
