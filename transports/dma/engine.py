@@ -145,7 +145,7 @@ class _Stage:
     """What a chunk runs through: a stream for its kernels, device memory for its slots and its sums.
 
     Attributes:
-        ended: behind the last use of `slots`, or what the last chunk did last where it used none.
+        ended: behind the last use of `slots`. Chunks that use none leave it alone: they may overtake one that does.
     """
 
     stream: int
@@ -377,8 +377,7 @@ class DmaEngine:
             ids = address + 8 * first
             sums = 0 if hashes is None else hashes.address + 8 * first
             run = _Run(job, first, last, stage, table, ids, ids + 8 * count, width, ring[first:last], sums, share)
-            _STEPS[job.strategy](self, lane, run)
-            window.append((stage.ended, run.blocks * layout.block_bytes))
+            window.append((_STEPS[job.strategy](self, lane, run), run.blocks * layout.block_bytes))
             self._keep_in_flight(window)
         transfer = self._ended(lane, job, used, hashes, results, kept)
         del lane.holding[held:]
@@ -439,17 +438,17 @@ class DmaEngine:
             oldest, _ = window.popleft()
             wait_until(self._device, oldest, self._deadline())
 
-    # --- one chunk, by strategy -----------------------------------------------------------------------------------
+    # --- one chunk, by strategy; each returns an event behind its bytes -------------------------------------------
 
-    def _dma(self, lane: _Lane, run: _Run) -> None:
+    def _dma(self, lane: _Lane, run: _Run) -> Any:
         device, job, stage = self._device, run.job, run.stage
         places = (job.block_ids[run.inside], job.hosts[run.inside], job.regions[run.inside])
         paged, hosts, sizes = of_segments(job.layout, *places)
         sides = (paged, hosts) if lane.direction is Direction.LOAD else (hosts, paged)
         device.copy(*sides, sizes, lane.direction, lane.copying)
-        stage.ended = self._recorded(lane.copying)
+        ended = self._recorded(lane.copying)
         if job.checksums:
-            device.wait(stage.stream, stage.ended)
+            device.wait(stage.stream, ended)
             device.kernels.read(
                 run.table,
                 run.ids,
@@ -460,8 +459,9 @@ class DmaEngine:
                 multiprocessors=run.multiprocessors,
             )
             self._finish(run)
+        return ended
 
-    def _staged(self, lane: _Lane, run: _Run) -> None:
+    def _staged(self, lane: _Lane, run: _Run) -> Any:
         device, job, stage = self._device, run.job, run.stage
         sizes = np.full(run.blocks, job.layout.block_bytes, np.int64)
         ring, hosts, sizes = merged(run.ring, job.hosts[run.inside], sizes, job.regions[run.inside])
@@ -470,7 +470,7 @@ class DmaEngine:
                 device.wait(lane.copying, stage.ended)
             device.copy(ring, hosts, sizes, lane.direction, lane.copying)
             device.wait(stage.stream, self._recorded(lane.copying))
-            self._mapped(lane, run)
+            stage.ended = self._mapped(lane, run)
         else:
             if not device.passed(stage.ended):
                 device.wait(stage.stream, stage.ended)
@@ -479,11 +479,12 @@ class DmaEngine:
             device.copy(hosts, ring, sizes, lane.direction, lane.copying)
             stage.ended = self._recorded(lane.copying)
             self._finish(run)
+        return stage.ended
 
-    def _mapped(self, lane: _Lane, run: _Run) -> None:
+    def _mapped(self, lane: _Lane, run: _Run) -> Any:
         self._kernel(lane, run)
         self._finish(run)
-        run.stage.ended = self._recorded(run.stage.stream)
+        return self._recorded(run.stage.stream)
 
     def _kernel(self, lane: _Lane, run: _Run) -> None:
         kernels = self._device.kernels
@@ -605,7 +606,7 @@ class DmaEngine:
         return time.monotonic() + self._options.timeout_s
 
 
-_Step: TypeAlias = Callable[[DmaEngine, _Lane, _Run], None]
+_Step: TypeAlias = Callable[[DmaEngine, _Lane, _Run], Any]
 _STEPS: dict[Strategy, _Step] = {
     Strategy.DMA: DmaEngine._dma,
     Strategy.STAGED: DmaEngine._staged,

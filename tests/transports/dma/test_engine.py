@@ -159,6 +159,29 @@ def test_stages_that_grow_for_other_blocks_are_used_up_first(strategy: Strategy,
     assert second.checksums.tolist() == [xxhash.xxh3_64_intdigest(block[: SIZES[0]]) for block in source[12:]]
 
 
+@pytest.mark.parametrize("between", [None, Strategy.DMA, Strategy.MAPPED])
+@pytest.mark.parametrize("direction", ["load", "store"])
+@pytest.mark.parametrize("seed", range(12))
+def test_a_ring_is_used_up_before_its_next_use_whatever_came_between(
+    direction: str, between: Strategy | None, seed: int
+) -> None:
+    """The first transfer is still in the ring, held back by the engine's stream, when the third one comes."""
+    r = rig(seed)
+    move = r.engine.load if direction == "load" else r.engine.store
+    busy = r.device.stream(urgent=False)
+    for _ in range(200):
+        r.device.enqueue(busy, lambda: None)
+    source = [r.payload(block) for block in range(BLOCKS)] if direction == "store" else [bytes(x) for x in r.slots]
+    move(r.layout, np.arange(6), r.addresses(range(6)), strategy=Strategy.STAGED, after=busy)
+    if between is not None:
+        move(r.layout, np.arange(6, 12), r.addresses(range(6, 12)), strategy=between)
+    move(r.layout, np.arange(12, 24), r.addresses(range(12, 24)), strategy=Strategy.STAGED)
+    r.device.settle()
+    moved = [number for number in range(BLOCKS) if between is not None or not 6 <= number < 12]
+    assert [r.payload(block) for block in moved] == [source[block] for block in moved]
+    assert [bytes(r.slots[slot]) for slot in moved] == [source[slot] for slot in moved]
+
+
 def test_a_gpu_that_hangs_is_an_error_in_time_and_its_memory_stays() -> None:
     r = rig(4)
     transfer = r.engine.load(r.layout, np.arange(4), r.addresses(range(4)))
