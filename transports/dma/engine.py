@@ -18,7 +18,8 @@ import itertools
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
@@ -59,9 +60,10 @@ class DmaOptions:
         chunk_bytes: moved at most by one step of the pipeline; at least one block. mapped_chunk_bytes: the same for
             MAPPED, which has no ring to fit into.
         stages: chunks under way at once, a direction.
-        inflight_bytes: enqueued and not yet moved, a direction; more waits.
+        inflight_bytes: of one transfer, enqueued and not yet moved; more waits.
         multiprocessors: that the kernels may use, a direction; the rest stays the inference engine's. 0: all.
-        timeout_s: how long a transfer may wait for those before it.
+        timeout_s: how long a transfer may wait for its turn, for those before it, and for each chunk beyond
+            `inflight_bytes`.
     """
 
     chunk_bytes: int = 32 << 20
@@ -91,7 +93,8 @@ class Transfer:
 
     def before(self, stream: int) -> None:
         """What is enqueued on the stream from now on runs after this transfer."""
-        self._device.wait(stream, self._event)
+        with self._device.used():  # the default streams' handles are the same on each device
+            self._device.wait(stream, self._event)
 
     @property
     def checksums(self) -> NDArray[np.uint64]:
@@ -244,7 +247,8 @@ class DmaEngine:
             after: the stream that last used the blocks, by handle; None: nobody uses them.
             checksums: also hash the blocks as they come to lie in the paged memory.
         Raises:
-            DmaError: refused, or failed and stopped. DmaTimeout: bytes may still be moving.
+            DmaError: refused, or failed and stopped, or others did not let go of the engine in time. DmaTimeout: bytes
+                may still be moving.
         """
         return self._run(Direction.LOAD, layout, block_ids, slots, strategy, after, checksums)
 
@@ -279,10 +283,13 @@ class DmaEngine:
         return [self.load(part, block_ids, slots + offset, strategy=strategy, after=after) for part, offset in parts]
 
     def close(self, timeout_s: float) -> None:
-        """Wait for what is under way, then let go of all memory. Raises DmaTimeout, having let go of nothing."""
+        """Wait for what is under way, then let go of all memory.
+
+        Raises DmaTimeout, and DmaError where others do not let go of the engine; what may be moving has its memory.
+        """
         deadline = time.monotonic() + timeout_s
         for lane in self._lanes.values():
-            with lane.lock, self._device.used():
+            with _taken(lane, deadline), self._device.used():
                 self._drain(lane, deadline)
                 lane.pending.clear()
                 lane.bounce.clear()
@@ -321,23 +328,34 @@ class DmaEngine:
             raise DmaError(f"blocks of {layout.block_bytes} bytes are too small for a checksum on the GPU")
         lane = self._lanes[direction]
         ids, hosts = (np.ascontiguousarray(column, np.int64) for column in (block_ids, slots))
-        with lane.lock, self._device.used():
-            while lane.pending and lane.pending[0].done():
-                lane.pending.popleft()
+        with _taken(lane, self._deadline()), self._device.used():
             seen = self.pinned.device_addresses(hosts, layout.block_bytes)
             regions = self.pinned.region_of(hosts)
             chosen = strategy or self.choose(layout, len(hosts), direction)
             job = _Job(layout, ids, hosts, hosts if seen is None else seen, regions, chosen, checksums, after)
             try:
+                while lane.pending and lane.pending[0].done():
+                    lane.pending.popleft()
                 transfer = self._enqueue(lane, job) if seen is not None else self._bounced(lane, job)
             except DmaTimeout:
                 self._leave(lane, after)
                 raise
             except Exception as error:
-                self._drain(lane, self._deadline())
+                self._stop(lane, after)
                 raise DmaError(f"{direction.value} failed: {type(error).__name__}: {error}") from error
+            except BaseException:  # a signal
+                self._stop(lane, after)
+                raise
             lane.pending.append(transfer)
             return transfer
+
+    def _stop(self, lane: _Lane, after: int | None) -> None:
+        """Wait for what a transfer had enqueued before it failed. Raises DmaTimeout where that may still be moving."""
+        try:
+            self._drain(lane, self._deadline())
+        except DmaTimeout:
+            self._leave(lane, after)
+            raise
 
     def _leave(self, lane: _Lane, after: int | None) -> None:
         """A transfer may still be moving: keep what it uses.
@@ -604,6 +622,17 @@ class DmaEngine:
 
     def _deadline(self) -> float:
         return time.monotonic() + self._options.timeout_s
+
+
+@contextmanager
+def _taken(lane: _Lane, deadline: float) -> Iterator[None]:
+    """Have a direction to oneself. Raises DmaError: one of those before waits for the GPU for longer."""
+    if not lane.lock.acquire(timeout=max(0.0, deadline - time.monotonic())):
+        raise DmaError("other transfers wait for the GPU")
+    try:
+        yield
+    finally:
+        lane.lock.release()
 
 
 _Step: TypeAlias = Callable[[DmaEngine, _Lane, _Run], Any]

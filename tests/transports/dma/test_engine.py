@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import gc
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +16,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from forebay.kernels.layout import Layout
-from forebay.transports.dma import DmaEngine, DmaError, DmaOptions, DmaTimeout, Strategy
+from forebay.transports.dma import Direction, DmaEngine, DmaError, DmaOptions, DmaTimeout, Strategy
 from support.late_device import POISON, LateDevice
 
 BLOCKS = 24
@@ -218,6 +222,109 @@ def test_a_bounced_transfer_that_hangs_keeps_what_it_uses_and_the_next_one_uses_
     r.device.settle()
     assert [r.payload(block) for block in range(2)] == loads
     assert [bytes(r.slots[block]) for block in range(6, 8)] == [r.payload(block) for block in range(6, 8)]
+
+
+def test_who_waits_behind_a_transfer_that_hangs_does_not_wait_for_each_of_the_others_in_turn() -> None:
+    r = rig(14, pinned=False, options=replace(OPTIONS, timeout_s=0.3))
+    r.device.hung = True
+    errors: list[DmaError] = []
+
+    def load(block: int) -> None:
+        try:
+            r.engine.load(r.layout, np.array([block]), r.addresses([block]))
+        except DmaError as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=load, args=(block,)) for block in range(8)]
+    began = time.monotonic()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    assert time.monotonic() - began < 1.5
+    assert len(errors) == 8
+    refused = [error for error in errors if not isinstance(error, DmaTimeout)]
+    assert refused, "those whose turn has not come have begun nothing"
+    assert {str(error) for error in refused} == {"other transfers wait for the GPU"}
+
+
+def test_a_direction_that_is_not_let_go_of_is_not_closed() -> None:
+    r = rig(15)
+    with r.engine._lanes[Direction.STORE].lock, pytest.raises(DmaError, match="other transfers"):
+        r.engine.close(0.05)
+    r.engine.close(5)
+
+
+@pytest.mark.parametrize("pinned", [True, False], ids=["pinned", "bounced"])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_signal_ends_a_transfer_only_when_nothing_moves_any_more(pinned: bool, seed: int) -> None:
+    """Its caller gives slots and pages away."""
+    r = rig(seed, pinned=pinned)
+    gather, calls = r.device.kernels.gather, []
+
+    def interrupted(*arguments: Any, **options: Any) -> None:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        gather(*arguments, **options)
+
+    r.device.kernels.gather = interrupted  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        r.engine.store(r.layout, np.arange(BLOCKS), r.addresses(range(BLOCKS)), strategy=Strategy.STAGED)
+    assert r.device.run(1) == 0
+
+
+def test_a_load_that_fails_and_then_hangs_keeps_its_buffers_and_who_computes_comes_after_it() -> None:
+    r = rig(16, pinned=False, options=replace(OPTIONS, timeout_s=0.3))
+    r.engine.load(r.layout, np.arange(2), r.addresses(range(2)), strategy=Strategy.STAGED).wait(5)
+    scatter, engine_stream = r.device.kernels.scatter, r.device.stream(urgent=False)
+    loaded = [bytes(r.slots[block]) for block in range(4)]
+    calls: list[int] = []
+
+    def failing(*arguments: Any, **options: Any) -> None:
+        calls.append(1)
+        if len(calls) == 2:
+            r.device.hung = True
+            raise RuntimeError("launch failed")
+        scatter(*arguments, **options)
+
+    r.device.kernels.scatter = failing  # type: ignore[method-assign]
+    with pytest.raises(DmaTimeout):
+        r.engine.load(
+            r.layout, np.arange(4), r.addresses(range(4)), strategy=Strategy.STAGED, after=engine_stream
+        )
+    seen: list[list[bytes]] = []
+    r.device.enqueue(engine_stream, lambda: seen.append([r.payload(block) for block in range(3)]))
+    r.device.kernels.scatter = scatter  # type: ignore[method-assign]
+    r.device.hung = False
+    r.engine.load(r.layout, np.arange(8, 10), r.addresses(range(8, 10))).wait(5)
+    r.device.settle()
+    assert seen == [loaded[:3]], "its first chunk had been enqueued"
+    assert [r.payload(block) for block in range(3)] == loaded[:3]
+
+
+def test_a_stream_that_waits_for_a_transfer_is_one_of_its_device() -> None:
+    """Handles of default streams are the same on each device: the calling thread's current one says which is meant."""
+    r = rig(17)
+    transfer = r.engine.load(r.layout, np.arange(2), r.addresses(range(2)))
+    inside: list[bool] = []
+    current = False
+    wait = r.device.wait
+
+    @contextmanager
+    def used() -> Iterator[None]:
+        nonlocal current
+        current = True
+        yield
+        current = False
+
+    def waited(stream: int, event: Any) -> None:
+        inside.append(current)
+        wait(stream, event)
+
+    r.device.used, r.device.wait = used, waited  # type: ignore[method-assign]
+    transfer.before(0)
+    assert inside == [True]
 
 
 def test_no_more_is_enqueued_than_may_be_in_flight() -> None:
