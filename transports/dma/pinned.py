@@ -16,7 +16,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from forebay.transports.dma.device import Addresses, Device
-from forebay.transports.dma.errors import DmaError
 
 _log = logging.getLogger("forebay.dma")
 
@@ -61,12 +60,14 @@ class PinnedRegions:
     def add(self, address: int, size: int, *, writable: bool, owner: object) -> None:
         """Pin a region soon. It stays mapped, because `owner` is kept, until it is removed."""
         with self._changed:
-            if self._closed or address in self._regions or any(region.address == address for region in self._queue):
+            queued = (region.address for region in self._queue)
+            if self._closed or address in self._regions or address == self._pinning or address in queued:
                 return
-            self._queue.append(_Region(address, size, writable, owner))
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="forebay-pin", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._run, name="forebay-pin", daemon=True)
+                thread.start()
+                self._thread = thread
+            self._queue.append(_Region(address, size, writable, owner))
             self._changed.notify_all()
 
     def know(self, address: int, size: int) -> None:
@@ -88,9 +89,10 @@ class PinnedRegions:
             while self._pinning == address:
                 self._changed.wait()
             found = self._regions.pop(address, None)
-            self._reindex()
+            if found is not None:
+                self._bytes -= found[0].size
+                self._reindex()
         if found is not None:
-            self._bytes -= found[0].size
             with self._device.used():
                 self._device.unregister(address)
 
@@ -127,9 +129,11 @@ class PinnedRegions:
             self._closed = True
             self._queue.clear()
             self._changed.notify_all()
-            thread, addresses = self._thread, list(self._regions)
+            thread = self._thread
         if thread is not None:
-            thread.join(timeout_s)
+            thread.join(timeout_s)  # what it was at is pinned by then
+        with self._changed:
+            addresses = list(self._regions)
         for address in addresses:
             self.remove(address)
 
@@ -140,10 +144,6 @@ class PinnedRegions:
         self._index = (starts, ends, offsets)
 
     def _run(self) -> None:
-        with self._device.used():
-            self._pin()
-
-    def _pin(self) -> None:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._queue or self._closed)
@@ -154,9 +154,11 @@ class PinnedRegions:
             began = time.monotonic()
             offset, refused = 0, ""
             try:
-                offset = self._device.register(region.address, region.size, writable=region.writable) - region.address
-            except DmaError as error:
-                refused = str(error)
+                with self._device.used():
+                    seen = self._device.register(region.address, region.size, writable=region.writable)
+                offset = seen - region.address
+            except Exception as error:  # noqa: BLE001  # also the driver's own: the next region may go better
+                refused = str(error) or type(error).__name__
             with self._changed:
                 self._pinning = 0
                 if refused:

@@ -290,9 +290,7 @@ def test_a_load_that_fails_and_then_hangs_keeps_its_buffers_and_who_computes_com
 
     r.device.kernels.scatter = failing  # type: ignore[method-assign]
     with pytest.raises(DmaTimeout):
-        r.engine.load(
-            r.layout, np.arange(4), r.addresses(range(4)), strategy=Strategy.STAGED, after=engine_stream
-        )
+        r.engine.load(r.layout, np.arange(4), r.addresses(range(4)), strategy=Strategy.STAGED, after=engine_stream)
     seen: list[list[bytes]] = []
     r.device.enqueue(engine_stream, lambda: seen.append([r.payload(block) for block in range(3)]))
     r.device.kernels.scatter = scatter  # type: ignore[method-assign]
@@ -386,6 +384,47 @@ def test_a_region_that_was_removed_is_bounced_again_and_let_go_of() -> None:
     places = owner.ctypes.data + np.arange(2, dtype=np.int64) * BLOCK_BYTES
     r.engine.store(r.layout, np.arange(2), places).wait(5)
     assert bytes(owner) == r.payload(0) + r.payload(1)
+
+
+def test_an_error_of_the_drivers_own_does_not_end_the_pinning_of_others() -> None:
+    r = rig(18, pinned=False)
+    register = r.device.register
+
+    def broken(address: int, size: int, *, writable: bool) -> int:
+        raise RuntimeError("unknown error")
+
+    r.device.register = broken  # type: ignore[method-assign]
+    r.engine.pinned.add(r.slots.ctypes.data, r.slots.nbytes, writable=True, owner=r.slots)
+    assert r.engine.pinned.wait(5), "nothing waits for a region that was given up"
+    assert r.engine.pinned.status().refused == "unknown error"
+    r.device.register = register  # type: ignore[method-assign]
+    r.engine.pinned.add(r.slots.ctypes.data, r.slots.nbytes, writable=True, owner=r.slots)
+    assert r.engine.pinned.wait(5)
+    assert r.engine.pinned.status().pinned == r.slots.nbytes
+
+
+def test_a_region_that_is_being_pinned_is_not_pinned_twice_and_closing_unpins_it() -> None:
+    r = rig(19, pinned=False)
+    register, begun, go_on = r.device.register, threading.Event(), threading.Event()
+
+    def slow(address: int, size: int, *, writable: bool) -> int:
+        begun.set()
+        assert go_on.wait(5)
+        return register(address, size, writable=writable)
+
+    r.device.register = slow  # type: ignore[method-assign]
+    for _ in range(2):
+        r.engine.pinned.add(r.slots.ctypes.data, r.slots.nbytes, writable=True, owner=r.slots)
+        assert begun.wait(5)
+    assert r.engine.pinned.status().waiting == 0
+    closing = threading.Thread(target=r.engine.close, args=(5,))
+    closing.start()
+    while not r.engine.pinned._closed:
+        closing.join(0.01)
+    go_on.set()
+    closing.join(5)
+    assert r.device._pinned == {}
+    assert r.engine.pinned.status().pinned == 0
 
 
 @pytest.mark.parametrize(("ids", "slots", "why"), [([0, 1], [0], "2 block ids for 1 slots"), ([], [], "0 block ids")])
