@@ -68,7 +68,8 @@ class _Side:
     resting_until: float = 0.0
 
 
-_Retired = tuple[PinnedRegions, int]
+_Retired = tuple[PinnedRegions, int, object]
+"""Where a slab was pinned, its address, and its memory: until it is unpinned nothing else is mapped at that address."""
 
 
 class DeviceCopier:
@@ -135,7 +136,7 @@ class DeviceCopier:
         transfer = None
         try:
             transfer = begin(layout, plan.block_ids, plan.addresses, after=plan.stream, checksums=hashes)
-            transfer.wait(self._timeout_s)
+            self._wait(transfer)
         except DmaTimeout:
             self._leave_moving(side, plan, transfer)
             if transfer is not None and direction is Direction.LOAD:  # who computes these blocks comes after it
@@ -143,6 +144,20 @@ class DeviceCopier:
             raise
         if sums is not None:
             sums[:] = transfer.checksums if hashes else checksums.of_slots(plan.addresses, layout.block_bytes)
+
+    def _wait(self, transfer: Transfer) -> None:
+        """Until its bytes have moved. A signal too comes through only then: its caller gives both sides' memory away.
+
+        Raises DmaTimeout, also where a signal came.
+        """
+        deadline = time.monotonic() + self._timeout_s
+        try:
+            transfer.wait(self._timeout_s)
+        except Exception:
+            raise
+        except BaseException:
+            transfer.wait(max(0.0, deadline - time.monotonic()))
+            raise
 
     def _leave_moving(self, side: _Side, plan: CopyPlan, transfer: Transfer | None) -> None:
         with self._lock:
@@ -158,7 +173,7 @@ class DeviceCopier:
                     continue
                 side.slabs.add(mapping)
             pinned, data = side.engine.pinned, mapping.data
-            retire = weakref.finalize(mapping, self._retired.put, (pinned, mapping.address))
+            retire = weakref.finalize(mapping, self._retired.put, (pinned, mapping.address, data))
             retire.atexit = False
             pinned.add(mapping.address, data.nbytes, writable=mapping.writable, owner=data)
 
@@ -174,15 +189,18 @@ class DeviceCopier:
         with self._lock:
             side = self._sides.get(device)
             if side is None:
+                if self._unpinner is None:
+                    arguments = (self._retired, self._sides)
+                    unpinner = threading.Thread(target=_unpin, args=arguments, name="forebay-unpin", daemon=True)
+                    unpinner.start()
+                    self._unpinner = unpinner
                 try:
                     side = _Side(self._engine_of(device))
                 except DmaError as error:
                     side = error
+                except Exception as error:  # noqa: BLE001  # cupy's and the driver's errors have no common type
+                    side = DmaError(f"CUDA device {device} cannot be used: {type(error).__name__}: {error}")
                 self._sides[device] = side
-                if self._unpinner is None:
-                    arguments = (self._retired, self._sides)
-                    self._unpinner = threading.Thread(target=_unpin, args=arguments, name="forebay-unpin", daemon=True)
-                    self._unpinner.start()
         if isinstance(side, DmaError):
             raise side.with_traceback(None)  # or it would grow with each who asks
         return side
@@ -200,20 +218,25 @@ class DeviceCopier:
 def _unpin(retired: SimpleQueue[_Retired | None], sides: dict[int, _Side | DmaError]) -> None:
     """Unpin slabs that nobody uses any more; in the end, when the copier is gone, close its engines."""
     while (told := retired.get()) is not None:
-        pinned, address = told
+        pinned, address, memory = told
         try:
             pinned.remove(address)
         except Exception as error:  # noqa: BLE001  # the driver's own; the next slab may go better
             _log.warning("a slab could not be unpinned: %s", error)
+        del told, memory  # or it would stay mapped until the next one comes
     for side in sides.values():
         if isinstance(side, _Side):
             try:
                 side.engine.close(CLOSE_S)
             except Exception as error:  # noqa: BLE001  # likewise
                 _log.warning("a DMA engine could not be closed: %s", error)
+                _unclosed.append(side)
 
 
 _live: weakref.WeakSet[DeviceCopier] = weakref.WeakSet()
+_unclosed: list[_Side] = []
+"""What a GPU may still use though its copier is gone."""
+
 _inherited: list[object] = []
 """What a parent process had, kept so that nothing gives back its memory in the child."""
 

@@ -200,6 +200,35 @@ def test_a_slab_that_cannot_be_pinned_is_bounced_and_asked_for_once() -> None:
     assert (len(tries), rig.device.unpinned_copies) == (1, 0)
 
 
+def test_a_slab_that_was_never_pinned_is_not_taken_for_the_next_one_at_its_address() -> None:
+    """It stays mapped until the thread that unpins has seen it, which may be busy with others."""
+    rig = Rig()
+    rig.copier.gather(rig.plan([1], [1]))
+    pinned = rig.devices.made[0].pinned
+    assert pinned.wait(5)
+    unregister, busy, go_on = rig.device.unregister, threading.Event(), threading.Event()
+
+    def slow(address: int) -> None:
+        busy.set()
+        assert go_on.wait(5)
+        unregister(address)
+
+    rig.device.unregister = slow  # type: ignore[method-assign]
+    rig.device.refuse = "read-only memory"
+    other = rig.slab = mapping()
+    rig.copier.gather(rig.plan([1], [1]))
+    assert pinned.wait(5)
+    data = weakref.ref(other.data)
+    rig.slab = mapping()
+    gc.collect()
+    assert busy.wait(5), "the first slab is being unpinned"
+    del other
+    gc.collect()
+    assert data() is not None
+    go_on.set()
+    eventually(lambda: data() is None, "the memory of a slab that was retired is let go of")
+
+
 def test_memory_that_is_no_slab_is_bounced(rig: Rig) -> None:
     assert not rig.copier.gather(replace(rig.plan([1], [1]), owners=(rig.slab.data,)))
     assert rig.slot(1) == rig.block(1)
@@ -260,6 +289,44 @@ def test_who_computes_after_a_load_that_hung_comes_after_its_late_bytes(quick: R
     assert quick.block(1) == bytes([9]) * BLOCK_BYTES
 
 
+def interrupt(rig: Rig, *, hang: bool) -> None:
+    """The first wait for a transfer that was begun is interrupted by a signal; the GPU hangs from then on, or not."""
+    rig.copier.gather(rig.plan([0], [0]))
+    engine, passed, begun = rig.devices.made[0], rig.device.passed, []
+    assert engine.pinned.wait(5)
+    enqueue = engine._enqueue
+
+    def enqueued(*arguments: Any) -> Any:
+        begun.append(enqueue(*arguments))
+        return begun[-1]
+
+    def interrupted(event: Any) -> bool:
+        if begun:
+            begun.clear()
+            rig.device.hung = hang
+            raise KeyboardInterrupt
+        return passed(event)
+
+    engine._enqueue = enqueued  # type: ignore[method-assign]
+    rig.device.passed = interrupted  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("direction", ["gather", "scatter"])
+def test_a_signal_comes_through_when_the_bytes_have_moved(rig: Rig, direction: str) -> None:
+    """Who is interrupted aborts the reservation or releases the lease: the slots are another's at once."""
+    interrupt(rig, hang=False)
+    expected = rig.block(1) if direction == "gather" else rig.slot(1)
+    with pytest.raises(KeyboardInterrupt):
+        getattr(rig.copier, direction)(rig.plan([1], [1]))
+    assert (rig.block(1), rig.slot(1)) == (expected, expected)
+
+
+def test_a_signal_during_a_transfer_that_hangs_is_a_timeout(quick: Rig) -> None:
+    interrupt(quick, hang=True)
+    with pytest.raises(CopyTimeout):
+        quick.copier.gather(quick.plan([2], [2]))
+
+
 def test_an_error_of_the_gpu_fails_the_blocks_and_says_so(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
     rig.copier.prepare(0)
 
@@ -284,12 +351,13 @@ def test_a_device_that_is_lost_while_it_is_waited_for_fails_the_blocks(rig: Rig)
     assert list(rig.copier.scatter(rig.plan([1], [1]))) == [0]
 
 
-def test_a_gpu_that_cannot_be_used_fails_blocks_and_is_tried_once(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("kind", [DmaError, RuntimeError], ids=["ours", "the driver's"])
+def test_a_gpu_that_cannot_be_used_fails_blocks_and_is_tried_once(kind: type[Exception]) -> None:
     rig, tries = Rig(), []
 
     def refuse(index: int) -> Any:
         tries.append(index)
-        raise DmaError("no driver")
+        raise kind("no driver")
 
     copier = DeviceCopier(NumpyCopier(), refuse)
     for _ in range(2):
@@ -316,7 +384,9 @@ def closing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("closing")
 @pytest.mark.parametrize("hung", [False, True])
-def test_a_copier_that_is_gone_closes_its_engines_unless_they_hang(rig: Rig, hung: bool) -> None:
+def test_a_copier_that_is_gone_closes_its_engines_unless_they_hang(
+    rig: Rig, hung: bool, caplog: pytest.LogCaptureFixture
+) -> None:
     rig.copier.gather(rig.plan([1], [1]))
     pinned = rig.devices.made[0].pinned
     assert pinned.wait(5)
@@ -328,6 +398,11 @@ def test_a_copier_that_is_gone_closes_its_engines_unless_they_hang(rig: Rig, hun
     unpinner.join(10)
     assert not unpinner.is_alive()
     assert pinned.status().pinned == (rig.slab.data.nbytes if hung else 0)
+    engine = weakref.ref(rig.devices.made.pop(0))
+    del pinned, unpinner
+    caplog.clear()  # its records hold the error, and that its frames
+    gc.collect()
+    assert (engine() is not None) == hung, "what a GPU may still use stays"
 
 
 def test_a_forked_child_leaves_its_parents_engines_alone(rig: Rig) -> None:
