@@ -174,6 +174,8 @@ class ForebayConnector(KVConnectorBase_V1, SupportsHMA):
         self._moving.begin(connector_metadata)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        if self._moving.take_late():
+            torch.cuda.current_stream().wait_stream(torch.cuda.default_stream())
         self._moving.start_loads(_device_mark())
 
     def wait_for_layer_load(self, layer_name: str) -> None:

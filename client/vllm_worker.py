@@ -9,6 +9,7 @@ that the copy had ended before any overwriting began.
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 import time
@@ -22,7 +23,7 @@ from forebay.client.results import BlockOutcome, FetchResult, RemovalResult
 from forebay.client.segments import SegmentTable
 from forebay.client.vllm_ledger import Notice
 from forebay.client.vllm_work import Load, Part, StepWork, Store
-from forebay.kvstore.errors import ForebayError, Timeout
+from forebay.kvstore.errors import Timeout
 from forebay.transports.messages import EvictScope
 
 LOAD_THREADS = 2
@@ -44,6 +45,8 @@ NOTICES_MAX = 4096
 
 LOST = frozenset(("miss", "stale", "corrupt", "failed", "peer_lost"))
 """Reasons of a load which say that the blocks are not there; after any other the daemon only did not answer."""
+
+_log = logging.getLogger("forebay.client")
 
 
 class BlockClient(Protocol):
@@ -134,6 +137,7 @@ class VllmWorker:
         self._rank = rank
         self._notices: deque[Notice] = deque(maxlen=NOTICES_MAX)
         self._counts = Counts()
+        self._late = threading.Event()
         self._loaders = ThreadPoolExecutor(LOAD_THREADS, "forebay-load")
         self._queue: queue.SimpleQueue[_StoreJob | None] = queue.SimpleQueue()
         self._storer = threading.Thread(target=self._run_stores, name="forebay-store", daemon=True)
@@ -225,6 +229,16 @@ class VllmWorker:
             self._notices.clear()
         return notices
 
+    def take_late(self) -> bool:
+        """Whether, since the last call, a load was given up whose bytes may still come; ask before a step's kernels.
+
+        They come before what the legacy default stream is given from then on: the engine's stream must come after it,
+        or late bytes overwrite what is computed into those blocks.
+        """
+        late = self._late.is_set()
+        self._late.clear()
+        return late
+
     def take_counts(self) -> dict[str, float]:
         return self._counts.take()
 
@@ -263,6 +277,8 @@ class VllmWorker:
     def _load_part(self, part: Part, ns: Any) -> int:
         assert self._tables, "loads before the caches were registered"
         result = self._client.fetch(ns, part.hashes, self._tables[part.group], part.block_ids, stream=None)
+        if result.reason == "copy_timeout":
+            self._late.set()
         if result.reason == "corrupt":
             self._mark_bad(part.group, part.hashes[result.blocks])
         if result.blocks < len(part.hashes) and result.reason in LOST:
@@ -304,7 +320,8 @@ class VllmWorker:
             begun = time.perf_counter()
             try:
                 self._store(job)
-            except ForebayError:
+            except Exception as error:  # noqa: BLE001  # also the device's own; later stores may go better
+                _log.warning("%d blocks were not stored: %s: %s", len(job.store.hashes), type(error).__name__, error)
                 self._counts.add(store_errors=1)
             finally:
                 job.copied.set()

@@ -183,6 +183,18 @@ def test_error_in_a_load_fails_all_its_blocks(rig: Rig) -> None:
     assert rig.worker.take_failed_blocks() == {30, 31}
 
 
+def test_load_whose_bytes_may_still_come_is_told_before_its_blocks_are(rig: Rig) -> None:
+    rig.step(loads=(Load("p", (Part(0, names(0, 1), (29,)),)),))
+    assert rig.loaded() == {"p"}
+    assert not rig.worker.take_late(), "a miss moves nothing"
+    rig.client.missing = "copy_timeout"
+    rig.step(loads=(Load("q", (Part(0, names(0, 2), (30, 31)),)),))
+    assert rig.loaded() == {"q"}
+    assert rig.worker.take_late()
+    assert not rig.worker.take_late()
+    assert rig.worker.take_failed_blocks() == {29, 30, 31}
+
+
 def test_load_of_several_groups_counts_only_as_a_whole() -> None:
     """vLLM cannot tell a block's group from its number, so it computes the request anew."""
     rig = Rig(groups=2)
@@ -251,6 +263,21 @@ def test_refused_block_ends_its_chain(rig: Rig) -> None:
     rig.step(stores=(Store("r", 0, b"", names(0, count), tuple(range(count))),))
     rig.settle()
     assert len(rig.client.parents) == 1
+
+
+def test_error_in_a_store_does_not_end_the_stores_to_come(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
+    """As the device's own, which have no common type."""
+
+    def broken() -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    rig.step(broken, stores=(Store("r", 0, b"", names(0, 1), (0,)),))
+    rig.settle()
+    rig.step(stores=(Store("q", 0, b"", names(1, 2), (1,)),))
+    rig.settle()
+    assert set(rig.client.blocks) == set(names(1, 2))
+    assert rig.worker.take_counts()["store_errors"] == 1
+    assert "1 blocks were not stored: RuntimeError: an illegal memory access" in caplog.text
 
 
 def test_what_follows_a_block_whose_copy_failed_is_not_stored(rig: Rig) -> None:
