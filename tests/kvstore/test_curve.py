@@ -141,7 +141,7 @@ def test_a_request_without_blocks_is_none() -> None:
 @pytest.mark.parametrize("salt", ["", "another sample"])
 @pytest.mark.parametrize("trace", ["conversation", "synthetic", "agentA"])
 def test_error_on_recorded_traces_is_within_one_and_a_half_points(trace: str, salt: str) -> None:
-    """One block in ten is followed; sizes from 1 to 50 % of the distinct blocks; whole blocks count, as in the daemon."""
+    """One block in ten followed, sizes of 1 to 50 % of the distinct blocks; whole blocks count, as in the daemon."""
     path = TRACES / f"{trace}.jsonl.gz"
     if not path.is_file():
         pytest.skip(f"{path.name} is not in {TRACES}: the recorded traces are not part of the repository")
