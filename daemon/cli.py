@@ -43,6 +43,7 @@ def parser() -> argparse.ArgumentParser:
     _add_config(commands)
     _add_tools(commands)
     _add_fsck(commands)
+    _add_model(commands)
     commands.add_parser("bench", help="measure this machine's daemon and its bounds", add_help=False)
     commands.add_parser("doctor", help="what this machine has for blocks of a GPU", add_help=False)
     version = commands.add_parser("version", help="print the version")
@@ -127,6 +128,22 @@ def _add_fsck(commands: Commands) -> None:
     fsck.set_defaults(run="forebay.daemon.cli_fsck:fsck")
 
 
+def _add_model(commands: Commands) -> None:
+    text = "what a model's KV weighs, and when loading it beats computing it"
+    model = commands.add_parser("model", help=text, description=text)
+    model.add_argument("model", metavar="MODEL", nargs="?", help="a name, or a config.json; without it: the names")
+    model.add_argument("--gpus", type=_count, default=1, metavar="N", help="GPUs of one replica (default 1)")
+    model.add_argument(
+        "--tflops", type=_positive, default=989.0, metavar="T", help="of one GPU (default 989: H100, bf16)"
+    )
+    model.add_argument("--mfu", type=_positive, default=0.5, metavar="S", help="share of that reached (default 0.5)")
+    model.add_argument("--block-tokens", type=_count, default=16, metavar="N", help="tokens in a block (default 16)")
+    model.add_argument("--kv-element-bytes", type=_count, metavar="N", help="1 for an fp8 cache (default: the model's)")
+    model.add_argument("--active-weights", type=_positive, metavar="B", help="billions of weights that a token passes")
+    model.add_argument("--json", action="store_true", help="one JSON object")
+    model.set_defaults(run="forebay.daemon.cli_model:model")
+
+
 def _tool(commands: Commands, name: str, text: str, function: str = "") -> argparse.ArgumentParser:
     tool = commands.add_parser(name, help=text, description=text)
     tool.add_argument("--runtime-dir", metavar="DIR", help="the daemon's runtime directory, instead of looking for it")
@@ -162,6 +179,16 @@ def _interval(text: str) -> float:
         found = 0.0
     if not 0.001 <= found <= 3600:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from 0.001 to 3600")
+    return found
+
+
+def _positive(text: str) -> float:
+    try:
+        found = float(text)
+    except ValueError:
+        found = 0.0
+    if not 0 < found <= 1e9:
+        raise argparse.ArgumentTypeError(f"{text[:80]!r} is not a number above 0 and at most 1e9")
     return found
 
 
