@@ -100,7 +100,10 @@ def _lookups(
         if not plan.wants(name, *(ECHO_NAMES if count == 1000 else ())):
             continue
         plan.progress(f"lookup of {count}")
-        request, reply = LookupRequest(1, b"".join(chains[0][:count])), LookupReply(count, (("host", count),), 0, "")
+        request, reply = (
+            LookupRequest(1, b"".join(chains[0][:count])),
+            LookupReply(count, (("host", count),), 0, "", count),
+        )
         asked, answered = _lengths(request, reply)
         work = typical(_looker(client, namespace, chains, count), calls)
         bare = typical(echo.caller(asked, asked), calls)

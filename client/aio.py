@@ -269,6 +269,17 @@ class AsyncClient:
         wait_s = (self.options.timeout_ms if timeout_ms is None else timeout_ms) / 1000
         return await self._run(lambda attachment: core.persist(attachment, ns, hashes, wait_s), PersistResult())
 
+    async def report_prefill(self, tokens: int, depth_tokens: int, seconds: float) -> bool:
+        """Tell how long it took to compute `tokens` after `depth_tokens` that were there; lookups' advice follows.
+
+        Returns whether the daemon was told.
+        """
+        return await self._run(lambda _: core.report(tokens, depth_tokens, seconds), False)
+
+    async def report_copy(self, size_bytes: int, seconds: float) -> bool:
+        """Tell how long it took to copy blocks out of host memory; returns whether the daemon was told."""
+        return await self._run(lambda _: core.report(copied_bytes=size_bytes, copy_s=seconds), False)
+
     async def unpin(self, ns: Namespace, hashes: Sequence[bytes]) -> int:
         """Returns how many pins ended."""
         ns.check_hashes(hashes)

@@ -62,6 +62,8 @@ from forebay.transports.messages import (
     PrefetchRequest,
     ReleaseRequest,
     Reply,
+    ReportReply,
+    ReportRequest,
     Request,
     ReserveReply,
     ReserveRequest,
@@ -275,7 +277,16 @@ def lookup(attachment: Attachment, ns: Namespace, blob: bytes) -> Steps[LookupRe
     asked = blob if len(blob) <= bytes_max else blob[:bytes_max]
     reply = yield from call(LookupRequest(handle.ns, asked), LookupReply)
     blocks = min(reply.blocks, len(asked) // ns.hash_bytes)  # an engine takes it for a part of its prompt
-    return LookupResult(blocks, dict(reply.by_tier), reply.load_us, reply.advice)
+    return LookupResult(blocks, dict(reply.by_tier), reply.load_us, reply.advice, min(reply.load_blocks, blocks))
+
+
+def report(
+    computed_tokens: int = 0, depth_tokens: int = 0, compute_s: float = 0.0, copied_bytes: int = 0, copy_s: float = 0.0
+) -> Steps[bool]:
+    """Tell the daemon what was measured; its plans follow."""
+    request = ReportRequest(computed_tokens, depth_tokens, int(compute_s * 1e6), copied_bytes, int(copy_s * 1e6))
+    yield from call(request, ReportReply)
+    return True
 
 
 def prefetch(attachment: Attachment, ns: Namespace, hashes: Sequence[bytes]) -> Steps[PrefetchResult]:

@@ -48,12 +48,19 @@ class LookupResult:
         by_tier: tier name -> blocks.
         load_us: estimated time to load them, microseconds, 0 if unknown.
         advice: ``load``, ``recompute`` or empty.
+        load_blocks: with advice, how many leading blocks come sooner than they are computed.
     """
 
     blocks: int = 0
     by_tier: dict[str, int] = field(default_factory=dict)
     load_us: int = 0
     advice: str = ""
+    load_blocks: int = 0
+
+    @property
+    def worth_loading(self) -> int:
+        """Leading blocks to load: what the daemon advises, all where it has no advice."""
+        return self.load_blocks if self.advice else self.blocks
 
 
 @dataclass(frozen=True, slots=True)

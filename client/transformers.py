@@ -107,6 +107,8 @@ class CacheClient(Protocol):
         """See `forebay.client.Client.prepare`; asked only where the model is on a GPU."""
         ...
 
+    def report_prefill(self, tokens: int, depth_tokens: int, seconds: float) -> bool: ...
+
 
 @dataclass(slots=True)
 class Report:
@@ -238,7 +240,7 @@ class PrefixCache:
             return cache
         try:
             begun = time.perf_counter()
-            present = self._client.lookup(self._ns, hashes).blocks
+            present = self._client.lookup(self._ns, hashes).worth_loading
             report.lookup_s = time.perf_counter() - begun
             if present == 0:
                 return cache
@@ -266,12 +268,24 @@ class PrefixCache:
         options = dict(kwargs)
         if _setting(kwargs, self._model, "num_beams") in (None, 1):
             clock = options["streamer"] = _FirstToken(options.get("streamer"))
+        started = time.perf_counter()
         output = self._model.generate(input_ids, **options)
         ended = time.perf_counter()
         report.generate_s = ended - begun
-        report.ttft_s = (clock.first_token_at if clock and clock.first_token_at else ended) - begun
+        first_token_at = clock.first_token_at if clock and clock.first_token_at else None
+        report.ttft_s = (first_token_at or ended) - begun
+        if first_token_at:
+            self._tell(report, first_token_at - started)
         report.generated_tokens = int(_sequences(output).shape[-1]) - report.prompt_tokens
         return output
+
+    def _tell(self, report: Report, prefill_s: float) -> None:
+        """The daemon plans by what it is told; a failure to tell it costs nobody anything."""
+        if self._ns is not None and not report.bypassed:
+            try:
+                self._client.report_prefill(report.computed_tokens, report.restored_tokens, prefill_s)
+            except ForebayError as error:
+                report.failure = report.failure or f"report: {type(error).__name__}: {error}"
 
     def _store(self, cache: Any, sequence: list[int], hashes: list[bytes], report: Report) -> None:
         """Offer all whole blocks of `cache`; the daemon says which of them it lacks, only those are copied."""

@@ -99,6 +99,7 @@ def _add_tools(commands: Commands) -> None:
         "-c", "--count", type=_count, default=1, metavar="N", help="round trips (default 1)"
     )
     _tool(commands, "check", "verify every invariant of the daemon's state")
+    _tool(commands, "advise", "what more memory or drives would hit, save and cost", "forebay.daemon.cli_advise:advise")
     _block_tool(commands, "lookup", "how many leading blocks are stored")
     _add_evict(commands)
     _block_tool(commands, "pin", "keep blocks from being evicted")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 NAMESPACES_MAX = 20
@@ -41,7 +41,8 @@ def percent(part: float, whole: float) -> str:
 def render(document: Document) -> str:
     """The whole document, a screen of text."""
     store = document.get("store", {})
-    lines = [*_head(document), *_tiers(document, store), *_activity(document, store), *_namespaces(document, store)]
+    lines = [*_head(document), *_tiers(document, store), *_activity(document, store), *_work(document, store)]
+    lines += _namespaces(document, store)
     return "\n".join(lines)
 
 
@@ -157,6 +158,48 @@ def _stored(counters: Document) -> str:
     refused = f"present {counters.get('present_blocks', 0)}, rejected {rejected}"
     gone = f"evicted {counters.get('evicted_blocks', 0)}, removed {counters.get('removed_blocks', 0)}"
     return f"{stored}, {refused}, {gone}"
+
+
+def _work(document: Document, store: Document) -> list[str]:
+    """What was saved, and what plans go by; nothing from a daemon that does not tell."""
+    physics = store.get("physics")
+    if not physics:
+        return []
+    tiers = {tier.get("tier") for tier in store.get("tiers", ())}
+    return [
+        _saved(document, physics.get("savings", {})),
+        _planned(physics, tiers),
+        *_curve(physics.get("curve", ())[1::2]),
+    ]
+
+
+def _saved(document: Document, savings: Document) -> str:
+    tokens, flops = savings.get("tokens", 0), savings.get("flops", 0.0)
+    said = [f"saved: {tokens} tokens not computed"]
+    said += [f"{flops / 1e15:.1f} PFLOP"] if flops else []
+    gpu_s, stall_s = savings.get("gpu_s", 0.0), savings.get("stall_gpu_s", 0.0)
+    said += [f"{gpu_s - stall_s:.1f} GPU-seconds net of {stall_s:.1f} for loading"] if gpu_s else []
+    dollars = document.get("saved_dollars")
+    return ", ".join([*said, *([] if dollars is None else [f"${dollars:.2f}"])])
+
+
+def _planned(physics: Document, tiers: Collection[str]) -> str:
+    plans = physics.get("plans", {})
+    decided = f"load {plans.get('load', 0)}, part {plans.get('part', 0)}, recompute {plans.get('recompute', 0)}"
+    links = [
+        f"{link.get('tier')} {link.get('gb_s', 0):.1f} GB/s"
+        for link in physics.get("links", ())
+        if link.get("tier") in tiers
+    ]
+    fixed, each, _ = physics.get("prefill_line", (0, 0, 0))
+    rate = f"prefill {1 / each:.0f} tokens/s + {1000 * fixed:.1f} ms" if each else "prefill rate not known"
+    return f"plans: {decided}; {', '.join(links)}; {rate} ({physics.get('prefill_samples', 0)} reports)"
+
+
+def _curve(points: Sequence[Document]) -> list[str]:
+    """What all tiers would hit, by size."""
+    said = [f"{size(point.get('size_bytes', 0))} {point.get('hit_share', 0.0):.1%}" for point in points]
+    return [f"would hit, by size of all tiers: {', '.join(said)}"] if any(p.get("hit_share") for p in points) else []
 
 
 def _namespaces(document: Document, store: Document) -> list[str]:

@@ -205,6 +205,73 @@ class NvmeConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EconomicsConfig:
+    """What work and hardware cost: for advice whether to load or to compute, for what was saved, for `forebay advise`.
+
+    `forebay model MODEL` prints the prefill keys for a model; engines that report their prefills outweigh them. Without
+    them everything stored is loaded, and savings are counted in tokens alone. See docs/physics.md.
+    """
+
+    plan: Literal["auto", "always", "never"] = setting(
+        "choice", "auto", "",
+        "What lookups advise: auto loads what comes sooner than it is computed, always and never say one thing to "
+        "everybody.",
+        choices=("auto", "always", "never"), reloads=True,
+    )  # fmt: skip
+    prefill_tokens_per_s: float = setting(
+        "number", 0, "tokens/s",
+        "What one replica computes of a short prompt; assumed until engines report. 0: not known.",
+        low=0, high=1e9,
+    )  # fmt: skip
+    prefill_double_tokens: float = setting(
+        "number", 0, "tokens",
+        "Depth at which a token takes twice the time of the first, for attention. 0: depth costs nothing.",
+        low=0, high=1e9,
+    )  # fmt: skip
+    prefill_gflops_per_token: float = setting(
+        "number", 0, "GFLOP",
+        "Work of one token at the beginning of a prompt, for counting what was saved. 0: not counted.",
+        low=0, high=1e9, reloads=True,
+    )  # fmt: skip
+    gpus: int = setting(
+        "integer", 1, "GPUs",
+        "GPUs of one replica: a second saved counts so many GPU-seconds.",
+        low=1, high=65536, reloads=True,
+    )  # fmt: skip
+    host_gb_s: float = setting(
+        "number", 20, "GB/s",
+        "From host memory into the engine, all its GPUs together; assumed until engines report.",
+        low=0.001, high=1e6,
+    )  # fmt: skip
+    nvme_gb_s: float = setting(
+        "number", 3, "GB/s",
+        "From the drives to host memory, all drives together; assumed until it was measured, which takes a few loads.",
+        low=0.001, high=1e6,
+    )  # fmt: skip
+    gpu_dollars_per_hour: float = setting(
+        "number", 0, "dollars",
+        "Price of one GPU; a changed price counts from then on in `forebay advise`, and for all of the past in the "
+        "dollars saved. 0: no dollars are told.",
+        low=0, high=1e6, reloads=True,
+    )  # fmt: skip
+    host_dollars_per_gib_month: float = setting(
+        "number", 0, "dollars",
+        "Price of memory, set against what more of it would save. 0: not told.",
+        low=0, high=1e6, reloads=True,
+    )  # fmt: skip
+    nvme_dollars_per_gib_month: float = setting(
+        "number", 0, "dollars",
+        "Price of drive capacity, likewise. 0: not told.",
+        low=0, high=1e6, reloads=True,
+    )  # fmt: skip
+    nvme_dollars_per_tb_written: float = setting(
+        "number", 0, "dollars",
+        "Price of wear: of the drives divided by what they are rated to bear. 0: not told.",
+        low=0, high=1e6, reloads=True,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LimitsConfig:
     """Bounds of everything a client can make grow; beyond one the client is answered Busy or BadRequest."""
 
@@ -326,6 +393,7 @@ class Config:
     runtime: RuntimeConfig
     host: HostConfig
     nvme: NvmeConfig
+    economics: EconomicsConfig
     limits: LimitsConfig
     leases: LeasesConfig
     metrics: MetricsConfig
@@ -337,6 +405,7 @@ SECTIONS: dict[str, type[Any]] = {
     "runtime": RuntimeConfig,
     "host": HostConfig,
     "nvme": NvmeConfig,
+    "economics": EconomicsConfig,
     "limits": LimitsConfig,
     "leases": LeasesConfig,
     "metrics": MetricsConfig,

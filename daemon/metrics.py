@@ -18,7 +18,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from forebay.daemon.counters import LATENCY_BOUNDS_S
-from forebay.daemon.status import SERVING, DaemonSnapshot
+from forebay.daemon.status import SERVING, DaemonSnapshot, saved_dollars, write_dollars
+from forebay.kvstore.physics import ETA_BOUNDS, SIZES_TOLD, LinkStats, PhysicsStats
 from forebay.kvstore.stats import Counters, NamespaceStats, TierStats
 from forebay.tiers import nvme_jobs
 from forebay.tiers.nvme_jobs import DriveInfo
@@ -139,6 +140,40 @@ def _namespace(field: str, meaning: str) -> Family:
     return Family(f"forebay_namespace_{field}", "gauge", ("namespace", "model", "uid"), meaning, _namespaces(field))
 
 
+def _each(physics: PhysicsStats | None) -> tuple[PhysicsStats, ...]:
+    return () if physics is None else (physics,)
+
+
+def _physics(
+    name: str, kind: Literal["counter", "gauge"], meaning: str, read: Callable[[PhysicsStats], float]
+) -> Family:
+    return Family(
+        f"forebay_{name}", kind, (), meaning,
+        lambda snapshot: [((), read(physics)) for physics in _each(snapshot.store.physics)],
+    )  # fmt: skip
+
+
+def _links(snapshot: DaemonSnapshot) -> list[LinkStats]:
+    """Those of the tiers that there are."""
+    tiers = {tier.tier for tier in snapshot.store.tiers}
+    return [link for physics in _each(snapshot.store.physics) for link in physics.links if link.tier in tiers]
+
+
+def _dollars(snapshot: DaemonSnapshot, read: Callable[[DaemonSnapshot], float | None]) -> Samples:
+    """Nothing without a price."""
+    dollars = read(snapshot)
+    return [] if dollars is None else [((), dollars)]
+
+
+def _namespace_curves(snapshot: DaemonSnapshot) -> Samples:
+    return [
+        ((fingerprint[:FINGERPRINT_CHARS], f"{share:g}"), hit)
+        for physics in _each(snapshot.store.physics)
+        for fingerprint, points in physics.curves[:NAMESPACES_MAX]
+        for share, (_, hit) in zip(SIZES_TOLD, points, strict=True)
+    ]
+
+
 FAMILIES: tuple[Family, ...] = (
     Family("forebay_build_info", "gauge", ("version",), "Always 1; the version is the label",
            lambda snapshot: [((snapshot.version,), 1)]),
@@ -244,6 +279,41 @@ FAMILIES: tuple[Family, ...] = (
     _namespace("pinned_blocks", "Pinned blocks of a namespace"),
     _namespace("resident_bytes", "Bytes of a namespace's blocks in host memory, all shards"),
     _namespace("nvme_resident_bytes", "Bytes of a namespace's blocks on nvme, all shards"),
+    Family("forebay_namespace_curve_hit_ratio", "gauge", ("namespace", "size"),
+           "Share of the blocks asked for that all tiers would hit, were they so many times as large",
+           _namespace_curves),
+    # Work and time
+    _physics("saved_tokens_total", "counter", "Tokens of leased blocks: nobody had to compute them",
+             lambda p: p.savings.tokens),
+    _physics("prefill_flops_saved_total", "counter", "Operations that computing those would have taken",
+             lambda p: p.savings.flops),
+    _physics("gpu_seconds_saved_total", "counter", "GPU time that computing those would have taken",
+             lambda p: p.savings.gpu_s),
+    _physics("gpu_seconds_stalled_total", "counter", "GPU time that went into loading them, as the links are measured",
+             lambda p: p.savings.stall_gpu_s),
+    Family("forebay_cost_saved_dollars", "gauge", (), "Dollars saved, less those for loading and for writes",
+           lambda snapshot: _dollars(snapshot, saved_dollars)),
+    Family("forebay_write_cost_dollars_total", "counter", (), "Dollars of wear by what was written to nvme",
+           lambda snapshot: _dollars(snapshot, write_dollars)),
+    Family("forebay_plan_decisions_total", "counter", ("decision",), "Lookups that found something, by their advice",
+           lambda snapshot: [((name,), getattr(physics.plans, name)) for physics in _each(snapshot.store.physics)
+                             for name in ("load", "part", "recompute")]),
+    Family("forebay_plan_eta_error_ratio", "histogram", ("tier",), "Error of predicted load times, relative",
+           lambda snapshot: []),
+    Family("forebay_link_bytes_per_second", "gauge", ("tier",), "Bandwidth that plans reckon with",
+           lambda snapshot: [((link.tier,), link.gb_s * 1e9) for link in _links(snapshot)]),
+    Family("forebay_link_latency_seconds", "gauge", ("tier",), "Time before the first byte that plans reckon with",
+           lambda snapshot: [((link.tier,), link.latency_s) for link in _links(snapshot)]),
+    Family("forebay_link_queued_bytes", "gauge", ("tier",), "Bytes on their way, or waiting to be",
+           lambda snapshot: [((link.tier,), link.queued_bytes) for link in _links(snapshot)]),
+    _physics("prefill_reports_total", "counter", "Prefills that engines have reported", lambda p: p.prefill_samples),
+    Family("forebay_curve_hit_ratio", "gauge", ("size",),
+           "Share of the tokens asked for that all tiers would hit, were they so many times as large",
+           lambda snapshot: [((f"{share:g}",), point.hit_share) for physics in _each(snapshot.store.physics)
+                             for share, point in zip(SIZES_TOLD, physics.curve, strict=True)]),
+    _physics("curve_blocks", "gauge", "Blocks that the curve follows", lambda p: p.curve_keys),
+    _physics("curve_skipped_total", "counter", "Requests that the curve left out, because too many came at once",
+             lambda p: p.curve_skipped),
     # Requests
     Family("forebay_requests_total", "counter", ("verb",), "Requests answered, errors included",
            lambda snapshot: [((verb.verb,), verb.requests) for verb in snapshot.verbs]),
@@ -310,7 +380,16 @@ def _io_seconds(snapshot: DaemonSnapshot) -> Histogram:
     return nvme_jobs.LATENCY_BOUNDS_S, [(name, latency.counts, latency.sum_s) for name, latency in directions]
 
 
-_HISTOGRAMS = {"forebay_request_seconds": _request_seconds, "forebay_nvme_io_seconds": _io_seconds}
+def _eta_errors(snapshot: DaemonSnapshot) -> Histogram:
+    plans = [physics.plans for physics in _each(snapshot.store.physics)]
+    return ETA_BOUNDS, [("nvme", each.eta_errors, each.eta_error_sum) for each in plans]
+
+
+_HISTOGRAMS = {
+    "forebay_request_seconds": _request_seconds,
+    "forebay_nvme_io_seconds": _io_seconds,
+    "forebay_plan_eta_error_ratio": _eta_errors,
+}
 
 
 def exposition(snapshot: DaemonSnapshot) -> bytes:

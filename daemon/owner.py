@@ -21,7 +21,7 @@ from forebay.daemon.logging import fields
 from forebay.daemon.mailbox import Mailbox
 from forebay.daemon.mover import Mover
 from forebay.daemon.sessions import Sessions
-from forebay.daemon.status import DaemonSnapshot, LoopStats
+from forebay.daemon.status import NO_PRICES, DaemonSnapshot, LoopStats, Prices
 from forebay.daemon.verbs import Verbs
 from forebay.kvstore.errors import ForebayError, Internal, TierFull, UnknownSession
 from forebay.kvstore.store import Store
@@ -65,6 +65,7 @@ class Owner:
         runtime_dir: str,
         message_bytes_max: int,
         tick: Callable[[float], None],
+        prices: Prices = NO_PRICES,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.mailbox = mailbox
@@ -80,6 +81,7 @@ class Owner:
         self._runtime_dir = runtime_dir
         self._message_bytes_max = message_bytes_max
         self._tick = tick
+        self.prices = prices
         self._clock = clock
         self._counters = RequestCounters()
         self._started_s = self._next_tick_s = clock()
@@ -104,6 +106,7 @@ class Owner:
                 answer, verb, error = self._answer(message[1], started)
                 self._server.send(message[0], answer)
                 self._counters.observe(verb, self._clock() - started, error)  # who asked does not wait for it
+                self._store.physics.settle()
             if message is None or self._unserved:
                 self._serve_descriptors(started)
             self._keep_time(started)
@@ -147,6 +150,7 @@ class Owner:
             verbs=self._counters.freeze(),
             loop=LoopStats(self._turns, self._busy_s, self._longest_turn_s),
             process=status.measure_process(),
+            prices=self.prices,
         )
 
     def carry_out(self) -> str:

@@ -27,10 +27,12 @@ from forebay.daemon.mover import Mover
 from forebay.daemon.owner import Owner
 from forebay.daemon.sdnotify import Notifier
 from forebay.daemon.sessions import Greeting, Sessions
-from forebay.daemon.status import DaemonSnapshot, to_json
+from forebay.daemon.status import DaemonSnapshot, Prices, to_json
 from forebay.daemon.verbs import Verbs
 from forebay.kvstore.errors import BadRequest
 from forebay.kvstore.movement import NvmeConfig
+from forebay.kvstore.physics import PhysicsConfig
+from forebay.kvstore.planner import Mode
 from forebay.kvstore.store import Store, StoreConfig
 from forebay.tiers.host import HostTier
 from forebay.tiers.nvme import NvmeTier
@@ -93,6 +95,7 @@ class Service:
                 runtime_dir=str(places.directory),
                 message_bytes_max=config.limits.message_bytes,
                 tick=self._tick,
+                prices=_prices(config),
             )
             parts.enter_context(closing(self._start_http()))
             with self._signals():
@@ -129,6 +132,7 @@ class Service:
         self._store.reconfigure(_store_config(config, self._nvme))
         self._verb_table.lease_ttl_s = config.leases.ttl_ms / 1000
         self._http.stalled_s = config.metrics.stalled_s
+        self._owner.prices = _prices(config)
         for change in changes.safe:
             log.info("reloaded", extra=fields(key=change.path, old=change.old, new=change.new))
 
@@ -280,6 +284,30 @@ def _store_config(config: Config, nvme: NvmeTier | None) -> StoreConfig:
         leases_max=limits.leases,
         reservations_max=limits.reservations,
         nvme=None if nvme is None else _movement_config(config, nvme),
+        physics=_physics_config(config),
+    )
+
+
+def _physics_config(config: Config) -> PhysicsConfig:
+    economics = config.economics
+    return PhysicsConfig(
+        mode=Mode(economics.plan),
+        prefill_tokens_per_s=economics.prefill_tokens_per_s,
+        prefill_double_tokens=economics.prefill_double_tokens,
+        token_flops=economics.prefill_gflops_per_token * 1e9,
+        gpus=economics.gpus,
+        host_gb_s=economics.host_gb_s,
+        nvme_gb_s=economics.nvme_gb_s,
+    )
+
+
+def _prices(config: Config) -> Prices:
+    economics = config.economics
+    return Prices(
+        gpu_hour=economics.gpu_dollars_per_hour,
+        host_gib_month=economics.host_dollars_per_gib_month,
+        nvme_gib_month=economics.nvme_dollars_per_gib_month,
+        nvme_tb_written=economics.nvme_dollars_per_tb_written,
     )
 
 

@@ -63,6 +63,25 @@ class ProcessStats:
 
 
 @dataclass(frozen=True, slots=True)
+class Prices:
+    """Dollars; 0: not configured. Of a GPU's hour, a GiB for a month, 10^12 bytes written to a drive."""
+
+    gpu_hour: float = 0.0
+    host_gib_month: float = 0.0
+    nvme_gib_month: float = 0.0
+    nvme_tb_written: float = 0.0
+
+    def gpu_dollars(self, gpu_s: float) -> float:
+        return gpu_s * self.gpu_hour / 3600
+
+    def write_dollars(self, written_bytes: float) -> float:
+        return written_bytes * self.nvme_tb_written / 1e12
+
+
+NO_PRICES = Prices()
+
+
+@dataclass(frozen=True, slots=True)
 class DaemonSnapshot:
     """The daemon at one instant. ``state`` is SERVING or DRAINING; ``boot_id`` is hex."""
 
@@ -79,6 +98,7 @@ class DaemonSnapshot:
     verbs: tuple[VerbStats, ...]
     loop: LoopStats
     process: ProcessStats
+    prices: Prices = NO_PRICES
 
 
 def measure_process() -> ProcessStats:
@@ -93,6 +113,23 @@ def measure_process() -> ProcessStats:
             fds_max=process.rlimit(psutil.RLIMIT_NOFILE)[0],
             threads=process.num_threads(),
         )
+
+
+def write_dollars(snapshot: DaemonSnapshot) -> float | None:
+    """What writing to the nvme tier has cost in wear; None without a price."""
+    if not snapshot.prices.nvme_tb_written:
+        return None
+    written = snapshot.nvme.written_bytes if snapshot.nvme else 0
+    return snapshot.prices.write_dollars(written)
+
+
+def saved_dollars(snapshot: DaemonSnapshot) -> float | None:
+    """What was saved since the start, less what loading and writing cost; None without a price for GPUs."""
+    physics = snapshot.store.physics
+    if physics is None or not snapshot.prices.gpu_hour:
+        return None
+    net_s = physics.savings.gpu_s - physics.savings.stall_gpu_s
+    return snapshot.prices.gpu_dollars(net_s) - (write_dollars(snapshot) or 0.0)
 
 
 def not_ready(snapshot: DaemonSnapshot) -> list[str]:
@@ -125,6 +162,7 @@ def document(snapshot: DaemonSnapshot) -> dict[str, Any]:
     namespaces = sorted(whole["store"]["namespaces"], key=lambda each: -int(each["resident_bytes"]))
     whole["store"]["namespaces"] = namespaces[:NAMESPACES_SHOWN_MAX]
     whole["namespaces_omitted"] = max(0, len(namespaces) - NAMESPACES_SHOWN_MAX)
+    whole["saved_dollars"], whole["write_dollars"] = saved_dollars(snapshot), write_dollars(snapshot)
     for each in whole["store"]["namespaces"]:
         each["model"] = each["model"][:MODEL_CHARS_SHOWN_MAX]
     return whole

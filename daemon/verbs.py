@@ -52,6 +52,7 @@ class Verbs:
             m.CheckRequest: self._check,
             m.ClearRequest: self._clear,
             m.PersistRequest: self._persist,
+            m.ReportRequest: self._report,
         }
 
     def answer(self, session_id: int, request: m.Request, now: float) -> m.Reply:
@@ -73,10 +74,14 @@ class Verbs:
         )
 
     def _lookup(self, session_id: int, request: m.LookupRequest, now: float) -> m.LookupReply:
-        rows = self.store.lookup(session_id, request.ns, self._hashes(session_id, request.ns, request.blob), now)
-        counts = self.store.shard(session_id, request.ns).group.index.count_by_tier(rows)
+        hashes = self._hashes(session_id, request.ns, request.blob)
+        rows = self.store.lookup(session_id, request.ns, hashes, now)
+        group = self.store.shard(session_id, request.ns).group
+        counts = group.index.count_by_tier(rows)
         by_tier = tuple((tier.name, count) for tier, count in zip(self.store.tiers, counts, strict=True) if count)
-        return m.LookupReply(len(rows), by_tier, 0, "")
+        made = self.store.physics.plan(group, hashes, rows, counts)
+        advice = ("load" if made.blocks else "recompute") if rows else ""
+        return m.LookupReply(len(rows), by_tier, int(made.load_s * 1e6), advice, made.blocks)
 
     def _acquire(self, session_id: int, request: m.AcquireRequest, now: float) -> m.AcquireReply:
         hashes = self._hashes(session_id, request.ns, request.blob)
@@ -152,6 +157,13 @@ class Verbs:
         hashes = self._hashes(session_id, request.ns, request.blob)
         found = self.store.persist(session_id, request.ns, hashes, now)
         return m.PersistReply(found.durable, found.pending)
+
+    def _report(self, session_id: int, request: m.ReportRequest, now: float) -> m.ReportReply:
+        if request.computed_tokens and request.compute_us:
+            self.store.physics.computed(request.computed_tokens, request.depth_tokens, request.compute_us / 1e6)
+        if request.copied_bytes and request.copy_us:
+            self.store.physics.copied(request.copied_bytes, request.copy_us / 1e6)
+        return m.ReportReply()
 
 
 def _geometry(shard: Shard) -> tuple[int, bytes, int, int, int, int, int]:

@@ -26,7 +26,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, islice, repeat
-from math import ceil, log2
+from math import ceil, exp, log, log2
 from operator import add
 
 KEYS_MAX = 32_768
@@ -149,6 +149,11 @@ class ReuseCurve:
         self._bytes: list[float] = []
         self.keys = 0
         """Blocks followed now."""
+
+    def weighted_s(self, observed_s: float) -> float:
+        """So many seconds of references, once decayed, are as many as these."""
+        life_s = self._half_life_s / log(2)
+        return life_s * (1 - exp(-observed_s / life_s))
 
     def open(self, block_bytes: int) -> NamespaceCurve:
         """A namespace's part; `close` it when the namespace goes."""

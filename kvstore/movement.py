@@ -23,6 +23,7 @@ from forebay.kvstore.allocation import Allocator
 from forebay.kvstore.groups import HOST, NVME, Direction, Effects, Group, LeaseProgress, Shard, Transfer
 from forebay.kvstore.index import NO_SLOT
 from forebay.kvstore.leases import Lease
+from forebay.kvstore.planner import Link
 from forebay.kvstore.slabs import FREE, RESIDENT, SlabFormat
 from forebay.kvstore.stats import Counters, MovementStats
 
@@ -175,6 +176,8 @@ class Movement:
         self._ahead: dict[int, int] = {}
         """Payload of those that they have, by id."""
         self._ahead_bytes = 0
+        self.link: Link | None = None
+        """Is told how long loads take."""
 
     # Up
 
@@ -257,6 +260,8 @@ class Movement:
             return
         transfer = self._begin(Direction.LOAD, batch, now, waits=not leases)
         transfer.kept = kept
+        if self.link is not None:
+            self.link.begin(self._payload(transfer))
         for lease in leases:
             self._join(transfer, lease)
         for row in transfer.rows:
@@ -547,6 +552,10 @@ class Movement:
         for row in transfer.rows:
             del self._loading[shard.ns, row]
         self._prefetching_bytes -= self._payload(transfer) if transfer.kept else 0
+        if self.link is not None and any(verdict == Verdict.CANCELLED for verdict in verdicts):
+            self.link.cancel(self._payload(transfer))
+        elif self.link is not None:
+            self.link.done(self._payload(transfer), transfer.started_s, now)
         good = [i for i, verdict in enumerate(verdicts) if verdict == Verdict.OK]
         failed = [i for i, verdict in enumerate(verdicts) if verdict != Verdict.OK]
         if transfer.cancelled and (transfer.leases or transfer.kept):

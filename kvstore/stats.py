@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from forebay.kvstore.physics import PhysicsStats
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,3 +125,4 @@ class StoreStats:
     movement: MovementStats | None
     counters: Counters
     warnings: tuple[str, ...] = ()
+    physics: PhysicsStats | None = None

@@ -31,6 +31,7 @@ from forebay.kvstore.leases import Deadlines, Lease, Reservation, Session
 from forebay.kvstore.movement import Movement, NvmeConfig
 from forebay.kvstore.namespace import NamespaceSpec
 from forebay.kvstore.outcome import Outcome, Scope
+from forebay.kvstore.physics import NOTHING_KNOWN, Physics, PhysicsConfig
 from forebay.kvstore.restoration import FoundBlock, Owner, Restoration
 from forebay.kvstore.slabs import FREE, QUARANTINED, RESERVED, RESIDENT, ShardSlots, Slab, SlabFormat, TierSpace
 from forebay.kvstore.stats import Counters, StoreStats, TierStats
@@ -55,6 +56,7 @@ class StoreConfig:
     leases_max: int = 65_536
     reservations_max: int = 65_536
     nvme: NvmeConfig | None = None
+    physics: PhysicsConfig = NOTHING_KNOWN
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +125,7 @@ class Store:
             for level, tier in enumerate(self.tiers)
         )
         self._allocator = self._allocators[HOST]
+        self.physics = Physics(config.physics, sum(capacities))
         self._new_id = new_id
         self._sessions: dict[int, Session] = {}
         self._groups: dict[tuple[int, bytes], Group] = {}
@@ -137,11 +140,13 @@ class Store:
         if config.nvme is not None:
             host, nvme = self._allocators
             self.movement = Movement(config.nvme, (host, nvme), self.effects, self.counters, self._leases)
+            self.movement.link = self.physics.links[NVME]
             self._restoration = Restoration(self.tiers[NVME], self.effects, self.counters, self._restored_shard)
 
     def reconfigure(self, config: StoreConfig) -> None:
         """Take over other limits and rates while running; sizes stay what they are."""
         self.config = config
+        self.physics.config = config.physics
         if self.movement is not None and config.nvme is not None:
             self.movement.config = config.nvme
 
@@ -237,6 +242,7 @@ class Store:
         counters.lookup_hashes += len(hashes)
         counters.lookup_hit_blocks += len(rows)
         group.touch(hashes, rows, now)
+        self.physics.asked(group, hashes, rows, now)
         return rows
 
     def acquire(self, session_id: int, ns: int, hashes: Sequence[bytes], ttl_s: float, now: float) -> Acquired:
@@ -251,14 +257,20 @@ class Store:
         group = shard.group
         rows = group.index.walk(hashes)
         if not rows:
+            self.physics.leased(group, hashes, rows, 0, now)
             return _NOTHING_ACQUIRED
         group.touch(hashes, rows, now)
         group.hold(rows)
         deadline = now + min(ttl_s, self.config.ttl_max_s)
         lease = Lease(self._fresh_id(self._leases), session, group, rows, deadline)
+        on_drive = 0 if self.movement is None else group.index.count_by_tier(rows)[NVME]
+        load_s = self.physics.leased(group, hashes, rows, on_drive, now)
         if not self._bring(lease, now):
             return _NOTHING_ACQUIRED
         rows = lease.rows
+        self.physics.granted(group, hashes, rows, load_s, now)
+        if lease.ready < len(rows):
+            self.physics.expect(lease.lease_id, load_s, now)
         self._leases[lease.lease_id] = lease
         session.leases.add(lease.lease_id)
         self._lease_deadlines.add(lease.lease_id, deadline)
@@ -316,6 +328,8 @@ class Store:
         rows: list[int] = []
         slots, generations = array("Q"), array("Q")
         above = present[-1] if present else self._parent_row(group, parent)
+        first = present[0] if present else above
+        self.physics.stored(group, hashes, group.index.depths[first] + (not present) if first != NO_ROW else 0, now)
         refusal = self._refusal(group, parent, above)
         partial = self._hold_partial(group, hashes[len(present) :])
         for position in range(len(present), len(hashes)):
@@ -452,6 +466,9 @@ class Store:
         """A transfer has ended, with one `Verdict` and payload checksum (0: none) for each of its blocks."""
         assert self.movement is not None, "a transfer without an nvme tier"
         self.movement.done(transfer_id, verdicts, checksums, now)
+        for told in self.effects.progress:
+            if told.ready == told.total:
+                self.physics.arrived(told.lease_id, now)
 
     def plan_writes(self, now: float) -> None:
         """Decide what to write to the drive next; call when what was asked has been answered."""
@@ -556,6 +573,7 @@ class Store:
             movement=self.movement.stats(groups, now) if self.movement is not None else None,
             counters=replace(self.counters),
             warnings=self._restoration.warnings if self.movement is not None else (),
+            physics=self.physics.stats(now),
         )
 
     def check(self) -> list[str]:
@@ -693,6 +711,7 @@ class Store:
         for shard in group.shards.values():
             del self._shards[shard.ns]
         self._give_up_blocks(group)
+        self.physics.forget(group)
 
     def _give_up_blocks(self, group: Group) -> None:
         """Take back the slabs of a namespace that nobody uses, whole: a million blocks cost what one does."""
@@ -759,6 +778,7 @@ class Store:
 
     def _end_lease(self, lease: Lease) -> None:
         lease.group.unhold(lease.rows)
+        self.physics.ended(lease.lease_id)
         if self.movement is not None:
             self.movement.let_go(lease)
             index = lease.group.index

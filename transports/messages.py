@@ -19,7 +19,7 @@ from forebay.kvstore.errors import BadRequest
 from forebay.kvstore.namespace import NamespaceSpec
 from forebay.kvstore.outcome import Scope
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 MESSAGE_BYTES_MAX = 4 << 20
 HASHES_MAX = 1 << 16
@@ -36,6 +36,7 @@ TTL_MS_MAX = 24 * 3600 * 1000
 RANK_MAX = (1 << 10) - 1
 U31_MAX = (1 << 31) - 1
 U63_MAX = (1 << 63) - 1
+REPORTED_MAX = (1 << 48) - 1
 
 ADVICE = ("", "load", "recompute")
 
@@ -68,6 +69,7 @@ class Verb(IntEnum):
     CHECK = 18
     CLEAR = 19
     PERSIST = 20
+    REPORT = 21
 
 
 EvictScope = Scope
@@ -332,12 +334,16 @@ class LookupRequest(_BlobRequest):
 
 @dataclass(frozen=True, slots=True)
 class LookupReply(Reply):
-    """How much of a prompt is stored: leading complete blocks, where, and what loading them takes."""
+    """How much of a prompt is stored: leading complete blocks, where, and what of them is worth loading.
+
+    The leading `load_blocks` come sooner than they are computed, after `load_us`; the others do not.
+    """
 
     blocks: int
     by_tier: tuple[tuple[str, int], ...]
     load_us: int
     advice: str
+    load_blocks: int
 
     def check(self) -> None:
         check_int("blocks", self.blocks, 0, HASHES_MAX)
@@ -351,6 +357,7 @@ class LookupReply(Reply):
         check_int("load_us", self.load_us, 0, U63_MAX)
         if self.advice not in ADVICE:
             raise BadRequest("advice must be 'load', 'recompute' or empty")
+        check_int("load_blocks", self.load_blocks, 0, self.blocks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -641,6 +648,31 @@ class PersistReply(Reply):
         check_int("pending", self.pending, 0, HASHES_MAX)
 
 
+@dataclass(frozen=True, slots=True)
+class ReportRequest(Request):
+    """What an engine has measured; either part may be all 0.
+
+    It computed `computed_tokens` after `depth_tokens` that were there, in `compute_us`, and copied `copied_bytes` out
+    of host memory in `copy_us`.
+    """
+
+    verb = Verb.REPORT
+    computed_tokens: int
+    depth_tokens: int
+    compute_us: int
+    copied_bytes: int
+    copy_us: int
+
+    def check(self) -> None:
+        for name in ("computed_tokens", "depth_tokens", "compute_us", "copied_bytes", "copy_us"):
+            check_int(name, getattr(self, name), 0, REPORTED_MAX)
+
+
+@dataclass(frozen=True, slots=True)
+class ReportReply(Reply):
+    pass
+
+
 REQUESTS: dict[Verb, type[Request]] = {
     request.verb: request
     for request in (
@@ -664,6 +696,7 @@ REQUESTS: dict[Verb, type[Request]] = {
         CheckRequest,
         ClearRequest,
         PersistRequest,
+        ReportRequest,
     )
 }
 
@@ -688,6 +721,7 @@ REPLIES: dict[Verb, type[Reply]] = {
     Verb.CHECK: CheckReply,
     Verb.CLEAR: ClearReply,
     Verb.PERSIST: PersistReply,
+    Verb.REPORT: ReportReply,
 }
 
 REPLY_OF: dict[type[Request], type[Reply]] = {REQUESTS[verb]: reply for verb, reply in REPLIES.items()}

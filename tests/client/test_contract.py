@@ -18,6 +18,7 @@ from forebay.client import (
     SegmentTable,
 )
 from forebay.client.copier import CopyPlan, NumpyCopier
+from forebay.client.results import LookupResult
 from forebay.kvstore.errors import (
     BadRequest,
     Busy,
@@ -672,6 +673,23 @@ def test_without_the_option_no_checksum_is_sent(make_shell: MakeShell, fake: Fak
     shell = make_shell(fake)
     shell.store(shell.open_namespace(SPEC), chain(), table(paged()))
     assert fake.checksums == {}
+
+
+def test_reports_reach_the_daemon_in_microseconds(make_shell: MakeShell, fake: FakeDaemon) -> None:
+    shell = make_shell(fake)
+    assert shell.report_prefill(512, 1024, 0.25)
+    assert shell.report_copy(1 << 20, 0.001)
+    assert [report.to_fields() for report in fake.reports] == [[512, 1024, 250_000, 0, 0], [0, 0, 0, 1 << 20, 1000]]
+    fake.stop()
+    assert not shell.report_prefill(512, 1024, 0.25)
+
+
+def test_a_lookup_carries_the_advice(make_shell: MakeShell, fake: FakeDaemon) -> None:
+    shell = make_shell(fake)
+    ns = shell.open_namespace(SPEC)
+    assert shell.lookup(ns, chain()).worth_loading == 0
+    assert LookupResult(9).worth_loading == 9
+    assert LookupResult(9, advice="load", load_blocks=4).worth_loading == 4
 
 
 def test_persist_asks_until_all_is_durable(make_shell: MakeShell, fake: FakeDaemon) -> None:

@@ -673,7 +673,7 @@ def test_slots_without_a_mapping_count_as_failed(script: Script) -> None:
 
 
 def test_a_lookup_never_tells_of_more_than_was_asked(script: Script) -> None:
-    script.replies[m.LookupRequest] = m.LookupReply(9, (), 0, "")
+    script.replies[m.LookupRequest] = m.LookupReply(9, (), 0, "", 9)
     assert script.run(core.lookup(script.attachment, NS, NS.blob(HASHES[:2]))).blocks == 2
 
 

@@ -42,6 +42,8 @@ class DictClient:
         self.blocks: dict[tuple[bytes, bytes], Any] = {}
         self.fetch_limit: int | None = None
         self.errors: dict[str, ForebayError] = {}
+        self.reports: list[tuple[int, int, float]] = []
+        self.advice: int | None = None
 
     def open_namespace(self, spec: NamespaceSpec) -> Any:
         self._maybe_raise("open_namespace")
@@ -49,7 +51,10 @@ class DictClient:
 
     def lookup(self, ns: Any, hashes: Sequence[bytes]) -> Any:
         self._maybe_raise("lookup")
-        return LookupResult(self._present(ns, hashes))
+        present = self._present(ns, hashes)
+        if self.advice is None:
+            return LookupResult(present)
+        return LookupResult(present, advice="load" if self.advice else "recompute", load_blocks=self.advice)
 
     def fetch(self, ns: Any, hashes: Sequence[bytes], destination: SegmentTable, *, stream: int | None = 0) -> Any:
         """Copies all it has, but vouches for the first `fetch_limit` blocks only: the rest is noise."""
@@ -73,6 +78,11 @@ class DictClient:
                 codes[block] = BlockOutcome.STORED
         new = codes.count(BlockOutcome.STORED)
         return StoreResult(bytes(codes), new, new * ns.block_bytes)
+
+    def report_prefill(self, tokens: int, depth_tokens: int, seconds: float) -> bool:
+        self._maybe_raise("report_prefill")
+        self.reports.append((tokens, depth_tokens, seconds))
+        return True
 
     def _present(self, ns: Any, hashes: Sequence[bytes]) -> int:
         absent = (index for index, name in enumerate(hashes) if (ns.name, name) not in self.blocks)
@@ -129,6 +139,28 @@ def test_warm_call_restores_exactly_the_stored_blocks_and_answers_the_same(cache
     assert (report.restored_tokens, report.computed_tokens, report.stored_blocks) == (96, 4, 0)
     assert report.restored_bytes == 6 * cache.spec.block_bytes
     assert report.gb_per_s > 0
+
+
+def test_what_is_not_worth_loading_is_computed_and_not_stored_again(
+    cache: PrefixCache, client: DictClient, model: Any
+) -> None:
+    """The daemon advises to load two of six blocks, then none: answers stay the same."""
+    ids = prompt_of(100)
+    cached(cache, ids)
+    for client.advice in (2, 0):
+        output, report = cached(cache, ids)
+        assert output == plain(model, ids)
+        assert (report.restored_blocks, report.stored_blocks) == (client.advice, 0)
+
+
+def test_the_daemon_is_told_how_long_the_prefill_took(cache: PrefixCache, client: DictClient) -> None:
+    for _ in range(2):
+        cached(cache, prompt_of(100))
+    assert [(tokens, depth) for tokens, depth, _ in client.reports] == [(100, 0), (4, 96)]
+    assert all(seconds > 0 for _, _, seconds in client.reports)
+    client.errors["report_prefill"] = PeerLost("gone")
+    _, report = cached(cache, prompt_of(100))
+    assert report.failure == "report: PeerLost: gone"
 
 
 @pytest.mark.parametrize(("tokens", "restored"), [(96, 80), (97, 96), (17, 16), (16, 0), (1, 0)])

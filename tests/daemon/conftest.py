@@ -9,7 +9,16 @@ from typing import Any
 import pytest
 
 from forebay.daemon.counters import RequestCounters
-from forebay.daemon.status import DaemonSnapshot, LoopStats, ProcessStats
+from forebay.daemon.status import DaemonSnapshot, LoopStats, Prices, ProcessStats
+from forebay.kvstore.physics import (
+    ETA_BOUNDS,
+    SIZES_TOLD,
+    CurvePoint,
+    LinkStats,
+    PhysicsStats,
+    PlanCounts,
+    Savings,
+)
 from forebay.kvstore.stats import Counters, MovementStats, NamespaceStats, StoreStats, TierStats
 from forebay.kvstore.store import TIER_NAMES
 from forebay.tiers.base import TierInfo
@@ -19,6 +28,24 @@ from forebay.tiers.nvme_jobs import LATENCY_BOUNDS_S, DriveInfo, Latency, NvmeIn
 def tier_info(up: bool = True, reason: str = "") -> TierInfo:
     return TierInfo(
         "host", 1 << 30, 1 << 24, 64, "thp", (("thp", 64),), 1 << 29, 4096, 0, ("memory is not locked",), up, reason
+    )
+
+
+def physics_stats() -> PhysicsStats:
+    points = tuple(
+        CurvePoint(int(share * (2 << 30)), 0.1 + share / 8, share * 1e6, share * 1e11, share * 100)
+        for share in SIZES_TOLD
+    )
+    return PhysicsStats(
+        savings=Savings(5000, 6e15, 700.0, 80.0),
+        plans=PlanCounts(11, 12, 13, list(range(1, len(ETA_BOUNDS) + 2)), 1.5),
+        links=(LinkStats("host", 20.0, 0.0, 0), LinkStats("nvme", 3.0, 1e-3, 4096)),
+        prefill_samples=14,
+        prefill_line=(0.004, 1e-4, 1e-9),
+        curve=points,
+        curves=((f"{0:064x}", tuple((point.size_bytes, point.hit_share) for point in points)),),
+        curve_keys=15,
+        curve_skipped=16,
     )
 
 
@@ -54,6 +81,7 @@ def store_stats(namespaces: int = 1) -> StoreStats:
         draining=False,
         movement=MovementStats(True, 6, 61, 8, 81, 81 << 20, 91, 10 << 40, 11 << 30),
         counters=counters,
+        physics=physics_stats(),
     )
 
 
@@ -99,6 +127,7 @@ def make_snapshot() -> Callable[..., DaemonSnapshot]:
             "refused_sessions": {"Forbidden": 2},
             "verbs": counters.freeze(),
             "loop": LoopStats(77, 1.5, 0.25),
+            "prices": Prices(2.5, 3.0, 0.1, 0.08),
             "process": ProcessStats(30 << 20, 12.5, 60, 65_536, 5),
         }
         return DaemonSnapshot(**given | replaced)

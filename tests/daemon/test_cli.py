@@ -110,27 +110,27 @@ def usage_error(*words: str) -> None:
 
 
 def test_lookup_prints_what_is_stored(connect: Connect, capsys: pytest.CaptureFixture[str]) -> None:
-    link = connect(lookup=LookupReply(1, (("host", 1),), 12, "load"))
+    link = connect(lookup=LookupReply(1, (("host", 1),), 12, "load", 1))
     assert run("lookup", NS, ONE, TWO) == Exit.OK
     assert capsys.readouterr().out == "1 of 2 blocks (16 tokens): 1 in host\n"
     assert link.asked == [LookupRequest(7, bytes.fromhex(ONE + TWO))]
 
 
 def test_lookup_tells_the_tiers_apart(connect: Connect, capsys: pytest.CaptureFixture[str]) -> None:
-    connect(lookup=LookupReply(2, (("host", 1), ("nvme", 1)), 12, "load"))
+    connect(lookup=LookupReply(2, (("host", 1), ("nvme", 1)), 12, "load", 2))
     assert run("lookup", NS, ONE, TWO) == Exit.OK
     assert capsys.readouterr().out == "2 of 2 blocks (32 tokens): 1 in host, 1 in nvme\n"
 
 
 def test_lookup_of_nothing_is_a_negative_answer(connect: Connect, capsys: pytest.CaptureFixture[str]) -> None:
-    connect(lookup=LookupReply(0, (), 0, ""))
+    connect(lookup=LookupReply(0, (), 0, "", 0))
     assert run("lookup", "--json", NS, ONE) == Exit.NEGATIVE
     found = json.loads(capsys.readouterr().out)
     assert (found["blocks"], found["of"], found["by_tier"]) == (0, 1, {})
 
 
 def test_hashes_of_the_wrong_length_are_refused_before_they_are_sent(connect: Connect) -> None:
-    link = connect(lookup=LookupReply(0, (), 0, ""))
+    link = connect(lookup=LookupReply(0, (), 0, "", 0))
     assert run("lookup", NS, "11" * 16) == Exit.REFUSED
     assert link.asked == []
 

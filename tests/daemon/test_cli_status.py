@@ -101,3 +101,17 @@ def test_document_of_a_daemon_without_an_nvme_tier_has_no_such_lines(document: d
     document["nvme"] = document["store"]["movement"] = None
     del document["store"]["tiers"][1]
     assert "nvme" not in render(document).replace("restored", "")
+
+
+def test_what_was_saved_and_what_plans_go_by_is_shown(document: dict[str, Any]) -> None:
+    lines = render(document).splitlines()
+    saved = next(line for line in lines if line.startswith("saved: "))
+    assert saved.startswith("saved: 5000 tokens not computed, 6.0 PFLOP, 620.0 GPU-seconds net of 80.0 for loading, $")
+    plans = next(line for line in lines if line.startswith("plans: "))
+    assert "load 11, part 12, recompute 13; host 20.0 GB/s, nvme 3.0 GB/s; prefill 10000 tokens/s + 4.0 ms" in plans
+    assert any(line.startswith("would hit, by size of all tiers: 256.0 MiB 11.6%") for line in lines)
+
+
+def test_a_daemon_that_tells_nothing_of_it_has_no_such_lines(document: dict[str, Any]) -> None:
+    document["store"]["physics"] = None
+    assert "saved: " not in render(document)

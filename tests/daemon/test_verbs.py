@@ -80,6 +80,7 @@ def test_every_verb_has_an_answer(verbs: Verbs) -> None:
         m.StatusRequest(),
         m.CheckRequest(),
         m.PersistRequest(ns, BLOB),
+        m.ReportRequest(100, 0, 1000, 4096, 10),
         m.ClearRequest(True),
     ]
     for request in requests:
@@ -131,3 +132,18 @@ def test_bad_requests_are_refused_and_change_nothing(verbs: Verbs, store: Store,
     after = store.stats()
     assert (after.tiers, after.leases, after.reservations) == (before.tiers, before.leases, before.reservations)
     assert issubclass(error, ForebayError)
+
+
+def test_a_lookup_says_what_is_worth_loading_and_follows_what_is_reported(verbs: Verbs) -> None:
+    ns = stored(verbs)
+    found = ask(verbs, m.LookupRequest(ns, BLOB))
+    assert isinstance(found, m.LookupReply)
+    assert (found.blocks, found.advice, found.load_blocks) == (8, "load", 8)
+    for _ in range(50):
+        ask(verbs, m.ReportRequest(1000, 0, 1000, 4096, 1_000_000))
+    slow = ask(verbs, m.LookupRequest(ns, BLOB))
+    assert isinstance(slow, m.LookupReply)
+    assert (slow.blocks, slow.advice, slow.load_blocks, slow.load_us) == (8, "recompute", 0, 0)
+    nothing = ask(verbs, m.LookupRequest(ns, b"\x77" * 32))
+    assert isinstance(nothing, m.LookupReply)
+    assert (nothing.blocks, nothing.advice, nothing.load_blocks) == (0, "", 0)

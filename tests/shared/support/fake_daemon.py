@@ -125,6 +125,7 @@ class FakeDaemon:
         self.before_map: Callable[[], object] | None = None
         self.checksums: dict[bytes, int] = {}
         self.persists = [m.PersistReply(0, 0)]
+        self.reports: list[m.ReportRequest] = []
         self.sessions_seen = 0
         self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
 
@@ -364,7 +365,7 @@ class FakeDaemon:
     def _lookup(self, token: bytes, request: m.LookupRequest) -> m.Reply:
         space, hashes = self._hashes(request)
         blocks = len(space.leading(hashes))
-        return m.LookupReply(blocks, (("host", blocks),) if blocks else (), 0, "load" if blocks else "")
+        return m.LookupReply(blocks, (("host", blocks),) if blocks else (), 0, "load" if blocks else "", blocks)
 
     def _slots(self, space: FakeNamespace, names: list[bytes], where: dict[bytes, int]) -> tuple[bytes, bytes]:
         slots = [where[name] for name in names]
@@ -514,6 +515,10 @@ class FakeDaemon:
             for space in self._namespaces.values():
                 space.blocks.clear()
         return m.ClearReply(removed, 0)
+
+    def _report(self, token: bytes, request: m.ReportRequest) -> m.Reply:
+        self.reports.append(request)
+        return m.ReportReply()
 
     def _persist(self, token: bytes, request: m.PersistRequest) -> m.Reply:
         self._hashes(request)
