@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 
 from forebay.kvstore.curve import NamespaceCurve, ReuseCurve
 from forebay.kvstore.groups import HOST, NVME, Group
-from forebay.kvstore.planner import Demand, Link, Mode, Plan, PrefillRate, plan
+from forebay.kvstore.planner import NO_PLAN, Demand, Link, Mode, Plan, PrefillRate, plan
 
 SIZES_TOLD = (0.0625, 0.125, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0, 4.0)
 """Of the curve, at these multiples of all tiers' capacity, status and metrics tell."""
@@ -22,7 +22,8 @@ HORIZON = SIZES_TOLD[-1]
 
 ETA_BOUNDS = (0.05, 0.1, 0.2, 0.3, 0.5, 1.0, 2.0)
 """Relative errors of predicted load times are counted up to these."""
-_PENDING_MAX = 64
+_PENDING_MAX, _PENDING_BLOCKS_MAX = 256, 4096
+"""Few, or the memory of all their hashes is cold when the next request wants it."""
 _TOKENS_PER_S_MAX, _BYTES_PER_S_MAX = 1e8, 1e13
 """Nobody computes, or copies, faster than this."""
 _EXPECTED_MAX = 4096
@@ -133,6 +134,7 @@ class Physics:
         self.plans = PlanCounts()
         self._curves: dict[Group, NamespaceCurve] = {}
         self._pending: deque[tuple[Group, Sequence[bytes], int, float, bool]] = deque()
+        self._pending_blocks = 0
         self._skipped = 0
         self._asked = _Recent()
         self._leased = _Recent()
@@ -196,10 +198,16 @@ class Physics:
         if seconds * _BYTES_PER_S_MAX > size_bytes:
             self.links[HOST].measured(size_bytes, seconds)
 
-    def settle(self) -> None:
-        """Enter into the curve what was asked since; 0.1 us a block."""
-        while self._pending:
+    @property
+    def pending(self) -> int:
+        """Requests that `settle` has to enter."""
+        return len(self._pending)
+
+    def settle(self, most: int = _PENDING_MAX) -> None:
+        """Enter into the curve what was asked since, so many requests at most; 0.1 us a block."""
+        for _ in range(min(most, len(self._pending))):
             group, hashes, depth, now, counted = self._pending.popleft()
+            self._pending_blocks -= len(hashes)
             curve = self._curve_of(group)
             if counted:
                 self._begun_s = now if self._begun_s is None else self._begun_s
@@ -221,6 +229,8 @@ class Physics:
 
         The daemon knows the whole blocks of a prompt only, and not what waits in front of the engine.
         """
+        if not self.prefill.known and self.config.mode is not Mode.NEVER:
+            return self._all_of(group, rows, counts)
         tokens = group.spec.block_tokens
         runs = [(self.links[tier], count) for tier, count in self._runs(group, rows, counts)]
         demand = Demand(runs, len(hashes) * tokens, tokens, group.complete_bytes)
@@ -231,6 +241,15 @@ class Physics:
             plans.part += 0 < made.blocks < len(rows)
             plans.recompute += made.blocks == 0
         return made
+
+    def _all_of(self, group: Group, rows: Sequence[int], counts: Sequence[int]) -> Plan:
+        """What `plan` would say where nothing is known of prefills, in a third of the time."""
+        size, blocks = group.complete_bytes, len(rows)
+        if not blocks:
+            return NO_PLAN
+        self.plans.load += 1
+        load_s = max(link.eta_s(count * size, size) for link, count in zip(self.links, counts, strict=False) if count)
+        return Plan(blocks, (), load_s, 0.0, "the prefill rate is not known", ())
 
     def _runs(self, group: Group, rows: Sequence[int], counts: Sequence[int]) -> list[tuple[int, int]]:
         """Runs of one tier. Rows are looked at only where both tiers have some."""
@@ -305,9 +324,10 @@ class Physics:
         self._pend(group, hashes, depth, now, counted=counted)
 
     def _pend(self, group: Group, hashes: Sequence[bytes], depth: int, now: float, *, counted: bool) -> None:
-        if len(self._pending) >= _PENDING_MAX:
+        if len(self._pending) >= _PENDING_MAX or self._pending_blocks >= _PENDING_BLOCKS_MAX:
             self._skipped += 1
         elif hashes:
+            self._pending_blocks += len(hashes)
             self._pending.append((group, hashes, depth, now, counted))
 
     def _count_saved(self, group: Group, rows: Sequence[int], load_s: float) -> None:

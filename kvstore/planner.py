@@ -237,6 +237,9 @@ class Plan:
     table: tuple[Candidate, ...]
 
 
+NO_PLAN = Plan(0, (), 0.0, 0.0, "nothing is stored", ())
+
+
 @dataclass(frozen=True, slots=True)
 class Demand:
     """A request, as far as a plan needs it.

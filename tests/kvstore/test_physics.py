@@ -6,11 +6,12 @@ import itertools
 
 import pytest
 
-from forebay.kvstore.groups import NVME
+from forebay.kvstore.groups import HOST, NVME
+from forebay.kvstore.movement import Verdict
 from forebay.kvstore.physics import ETA_BOUNDS, NOTHING_KNOWN, SIZES_TOLD, PhysicsConfig, PhysicsStats
 from forebay.kvstore.planner import Mode
 from forebay.kvstore.store import Store, StoreConfig
-from support.core import BLOCK_BYTES, UID, chain, spec
+from support.core import BLOCK_BYTES, UID, TwoTiers, chain, spec
 
 KNOWN = PhysicsConfig(prefill_tokens_per_s=1000.0, prefill_double_tokens=1e6, token_flops=1e9, gpus=4, host_gb_s=1.0)
 
@@ -153,9 +154,15 @@ def test_predicted_load_times_are_held_against_the_true_ones() -> None:
 
 def test_a_flood_of_requests_is_skipped_rather_than_kept() -> None:
     small = Small()
-    for number in range(200):
+    for number in range(300):
         small.look(chain(f"{number}", 2))
-    assert small.stats().curve_skipped == 136
+    assert small.store.physics.pending == 256
+    assert small.stats().curve_skipped == 44
+    for number in range(3):
+        small.look(chain(f"long {number}", 3000))
+    assert small.store.physics.pending == 2
+    assert small.stats().curve_skipped == 45
+    assert small.store.physics.pending == 0
 
 
 def test_a_namespace_that_goes_takes_its_curve_along() -> None:
@@ -174,3 +181,40 @@ def test_what_the_drive_holds_is_planned_over_its_link() -> None:
     assert physics.plan(small.group, chain("a", 10), rows, [0, 10]).steps[0].tier == "nvme"
     physics.links[NVME].begin(1 << 40)
     assert physics.plan(small.group, chain("a", 10), rows, [0, 10]).blocks == 0
+
+
+def test_loads_from_the_drive_measure_its_link_and_the_plan_of_it() -> None:
+    """Four blocks come after 20 ms; the second time that is foreseen."""
+    world = TwoTiers()
+    names = chain("a", 4)
+    world.store_on_drive(names)
+    link, plans = world.store.physics.links[NVME], world.store.physics.plans
+    for _ in range(2):
+        lease, *_ = world.acquire(names)
+        assert link.queued_bytes == 4 * BLOCK_BYTES
+        world.step()
+        world.now += 0.02
+        world.finish_all()
+        assert link.queued_bytes == 0
+        world.store.release(world.session, lease)
+        for name in names:
+            world.store.shard(world.session, world.ns).group.evict(world.index.find(name), HOST)
+        world.step()
+        world.now += 1.0
+    assert link.bytes_per_s(4 * BLOCK_BYTES) == pytest.approx(4 * BLOCK_BYTES / 0.02)
+    assert sum(plans.eta_errors) == 2
+    assert plans.eta_errors[ETA_BOUNDS.index(1.0)] == 1
+    assert sum(plans.eta_errors[: ETA_BOUNDS.index(0.3)]) == 1
+
+
+def test_a_load_that_is_cancelled_measures_nothing() -> None:
+    world = TwoTiers()
+    world.store_on_drive(chain("a", 4))
+    before = world.store.physics.links[NVME].bytes_per_s(BLOCK_BYTES)
+    lease, *_ = world.acquire(chain("a", 4))
+    world.step()
+    world.store.release(world.session, lease)
+    world.now += 100.0
+    world.finish_all(Verdict.CANCELLED)
+    link = world.store.physics.links[NVME]
+    assert (link.queued_bytes, link.bytes_per_s(BLOCK_BYTES)) == (0, before)

@@ -57,16 +57,20 @@ requests = st.one_of(
     st.builds(m.AbortRequest, u63),
     st.builds(m.EvictRequest, u63, st.sampled_from(m.EvictScope), blobs, st.booleans()),
     st.builds(m.ClearRequest, st.booleans()),
+    st.builds(m.ReportRequest, *[st.integers(0, m.REPORTED_MAX)] * 5),
 )
 replies = st.one_of(
     st.sampled_from([m.PingReply(), m.ReleaseReply(), m.AbortReply()]),
     *[st.builds(r, u63, st.just(bytes(32)), st.just(9), sizes, sizes, st.just(32), sizes) for r in OPEN_REPLIES],
-    st.builds(
-        m.LookupReply,
-        counts,
-        st.lists(st.tuples(names, counts), max_size=4).map(tuple),
-        u63,
-        st.sampled_from(m.ADVICE),
+    counts.flatmap(
+        lambda blocks: st.builds(
+            m.LookupReply,
+            st.just(blocks),
+            st.lists(st.tuples(names, counts), max_size=4).map(tuple),
+            u63,
+            st.sampled_from(m.ADVICE),
+            st.integers(0, blocks),
+        )
     ),
     st.builds(lambda lease, fields: m.AcquireReply(lease, *fields), u63, readables),
     readables.map(lambda fields: m.ResolveReply(*fields)),
@@ -214,7 +218,7 @@ def test_another_version_is_told_apart_and_keeps_the_request_id() -> None:
 
 
 def test_an_unknown_verb_keeps_the_request_id() -> None:
-    for verb in (0, 21, 1 << 62):
+    for verb in (0, 22, 1 << 62):
         with pytest.raises(UnknownVerb) as caught:
             codec.decode_request(msgpack.packb([V, verb, 42, TOKEN]))
         assert codec.request_id_of(caught.value) == 42
@@ -296,5 +300,5 @@ def test_the_bytes_of_a_notice_are_what_they_were() -> None:
 
 
 def test_the_bytes_of_a_ping_are_what_the_page_says() -> None:
-    assert codec.encode_request(7, b"", m.PingRequest()) == bytes.fromhex("94020107c400")
-    assert codec.encode_reply(7, bytes(16), m.PingReply()) == bytes.fromhex("940207c410" + "00" * 16 + "00")
+    assert codec.encode_request(7, b"", m.PingRequest()) == bytes.fromhex("94030107c400")
+    assert codec.encode_reply(7, bytes(16), m.PingReply()) == bytes.fromhex("940307c410" + "00" * 16 + "00")

@@ -108,6 +108,8 @@ BAD: list[tuple[type[m.Record], int, Any]] = [
     (m.LookupReply, 1, "host"),
     (m.LookupReply, 2, -1),
     (m.LookupReply, 3, "wait"),
+    (m.LookupReply, 4, 3),
+    *[(m.ReportRequest, position, value) for position in range(5) for value in (-1, 1 << 48, 1.5)],
     (m.AcquireRequest, 0, 0),
     (m.AcquireRequest, 2, -1),
     (m.AcquireRequest, 2, m.TTL_MS_MAX + 1),
