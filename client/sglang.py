@@ -127,7 +127,7 @@ class ForebayStorage(HiCacheStorage):
     # Version 1: the one pool of a plain model
 
     def batch_exists(self, keys: list[str], extra_info: Any = None) -> int:
-        """How many leading pages are stored."""
+        """How many leading pages are stored and come sooner than they are computed."""
         pool = self._pools.get(_KV)
         return pool.leading(_names(keys)) if pool else 0
 
@@ -383,7 +383,7 @@ class _MappedPool:
         self._table = table
 
     def leading(self, names: list[bytes]) -> int:
-        return self._client.lookup(self.ns, names).blocks
+        return self._client.lookup(self.ns, names).worth_loading
 
     def load(self, names: list[bytes], pages: list[int]) -> list[bool]:
         return scattered.fetch_each(self._client, self.ns, names, self._table, pages)
@@ -402,7 +402,7 @@ class _CopiedPool:
         self._host_pool = host_pool
 
     def leading(self, names: list[bytes]) -> int:
-        return self._client.lookup(self.ns, names).blocks
+        return self._client.lookup(self.ns, names).worth_loading
 
     def load(self, names: list[bytes], pages: list[int]) -> list[bool]:
         right = []

@@ -111,7 +111,7 @@ def _more(found: Mapping[str, Any]) -> Iterator[str]:
         if each["cost_dollars_per_day"]:
             line += f", at a cost of ${each['cost_dollars_per_day']:.2f} a day"
         yield line
-    if not any(each["gpu_s_per_day"] for each in found["more"]):
+    if not any(point["gpu_s_per_day"] for point in found["curve"]):
         yield "GPU time is told once engines report their prefills, or economics.prefill_tokens_per_s is set"
 
 

@@ -90,6 +90,18 @@ def test_pages_move_by_their_addresses(daemon: FakeDaemon) -> None:
     storage.close()
 
 
+def test_pages_that_are_sooner_computed_count_as_absent(daemon: FakeDaemon) -> None:
+    """The engine prefetches what exists, so the advice is given there; stores are decided elsewhere."""
+    pool = HostPool(PAGES, layout="layer_first", layers=5)
+    storage, keys = backend(daemon, pool), keys_of("a", PAGES)
+    storage.batch_set_v1(keys, pool.slots(list(range(PAGES))))
+    found = []
+    for daemon.worth in (None, 2, 0):
+        found.append(storage.batch_exists(keys))
+    assert found == [PAGES, 2, 0]
+    storage.close()
+
+
 def test_gap_is_told_and_stepped_over(daemon: FakeDaemon) -> None:
     pool = HostPool(PAGES)
     storage, keys = backend(daemon, pool), keys_of("a", 4)

@@ -126,6 +126,8 @@ class FakeDaemon:
         self.checksums: dict[bytes, int] = {}
         self.persists = [m.PersistReply(0, 0)]
         self.reports: list[m.ReportRequest] = []
+        self.worth: int | None = None
+        """So many leading blocks are advised for loading at most."""
         self.sessions_seen = 0
         self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
 
@@ -365,7 +367,9 @@ class FakeDaemon:
     def _lookup(self, token: bytes, request: m.LookupRequest) -> m.Reply:
         space, hashes = self._hashes(request)
         blocks = len(space.leading(hashes))
-        return m.LookupReply(blocks, (("host", blocks),) if blocks else (), 0, "load" if blocks else "", blocks)
+        worth = blocks if self.worth is None else min(blocks, self.worth)
+        advice = ("load" if worth else "recompute") if blocks else ""
+        return m.LookupReply(blocks, (("host", blocks),) if blocks else (), 0, advice, worth)
 
     def _slots(self, space: FakeNamespace, names: list[bytes], where: dict[bytes, int]) -> tuple[bytes, bytes]:
         slots = [where[name] for name in names]
