@@ -23,6 +23,8 @@ class BlockOutcome(IntEnum):
     FULL = Outcome.FULL
     ORPHAN = Outcome.ORPHAN
     DRAINING = Outcome.DRAINING
+    BYPASSED = Outcome.BYPASSED
+    """Not worth its place: all that could make room for it is more likely to be asked for again."""
     FAILED = 64
     """Its copy or its commit failed; nobody can see it."""
     UNAVAILABLE = 65

@@ -46,6 +46,7 @@ def parser() -> argparse.ArgumentParser:
     _add_model(commands)
     commands.add_parser("bench", help="measure this machine's daemon and its bounds", add_help=False)
     commands.add_parser("doctor", help="what this machine has for blocks of a GPU", add_help=False)
+    commands.add_parser("replay", help="compare policies and sizes on recorded requests", add_help=False)
     version = commands.add_parser("version", help="print the version")
     version.add_argument("--json", action="store_true", help="one JSON object")
     version.set_defaults(run="forebay.daemon.cli:print_version")
@@ -219,7 +220,7 @@ def _become(module: str, arguments: Sequence[str]) -> NoReturn:
     os.execv(sys.executable, [sys.executable, "-P", "-m", module, *arguments])
 
 
-MODULES = {"bench": "forebay.bench", "doctor": "forebay.client.doctor"}
+MODULES = {"bench": "forebay.bench", "doctor": "forebay.client.doctor", "replay": "forebay.bench.replay"}
 
 
 def run(arguments: Sequence[str]) -> int:

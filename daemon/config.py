@@ -120,6 +120,19 @@ class HostConfig:
         "off leaves it to the kernel. auto: on where the machine has swap.",
         choices=("auto", "on", "off"),
     )  # fmt: skip
+    eviction: Literal["hazard", "lru"] = setting(
+        "choice", "hazard", "",
+        "Which block leaves memory for another: hazard learns when blocks of each kind of use are asked for again, "
+        "does not store what is worth less than all that is there (without an nvme tier; outcome `bypassed`), and goes "
+        "by plain recency while that does better; lru always goes by recency.",
+        choices=("hazard", "lru"),
+    )  # fmt: skip
+    equal_cost_tokens: int = setting(
+        "integer", 0, "tokens",
+        "hazard: depth at which attention to what came before costs as much to recompute as all the rest of a token "
+        "(70B: 54000, 8B: 31000); deeper blocks are then kept longer. 0: all blocks count the same.",
+        low=0, high=100_000_000,
+    )  # fmt: skip
     numa_node: int = setting(
         "integer", -1, "node number",
         "NUMA node that the slabs are allocated on; copies are fastest from the node of the engine. -1: any node.",

@@ -115,6 +115,7 @@ def _outcomes(counters: Counters) -> dict[str, int]:
         "full": counters.rejected_full_blocks,
         "orphan": counters.rejected_orphan_blocks,
         "draining": counters.rejected_draining_blocks,
+        "bypassed": counters.bypassed_blocks,
     }
 
 

@@ -30,6 +30,7 @@ from forebay.daemon.sessions import Greeting, Sessions
 from forebay.daemon.status import DaemonSnapshot, Prices, to_json
 from forebay.daemon.verbs import Verbs
 from forebay.kvstore.errors import BadRequest
+from forebay.kvstore.eviction.policies import served
 from forebay.kvstore.movement import NvmeConfig
 from forebay.kvstore.physics import PhysicsConfig
 from forebay.kvstore.planner import Mode
@@ -284,6 +285,7 @@ def _store_config(config: Config, nvme: NvmeTier | None) -> StoreConfig:
         leases_max=limits.leases,
         reservations_max=limits.reservations,
         nvme=None if nvme is None else _movement_config(config, nvme),
+        host_policy=served(config.host.eviction, config.host.equal_cost_tokens),
         physics=_physics_config(config),
     )
 

@@ -18,6 +18,7 @@ from forebay.kvstore.groups import (
     DriveSlabRetired,
     Effects,
     Group,
+    Room,
     Shard,
     SlabOpened,
     SlabRetired,
@@ -39,23 +40,28 @@ class Allocator:
         self._counters = counters
         self._slab_idle_s = slab_idle_s
 
-    def ensure(self, shard: Shard, groups: Iterable[Group], now: float, wanted: int = 1) -> bool:
-        """Make sure the shard has a free slot on a drive that is not barred; False when nothing may be evicted for it.
+    def ensure(
+        self, shard: Shard, groups: Iterable[Group], now: float, wanted: int = 1, newcomers: Sequence[bytes] = ()
+    ) -> Room:
+        """Make sure the shard has a free slot on a drive that is not barred; NONE when nothing may be evicted for it.
 
         Where its own blocks have to go, `wanted` of them go together if they may: a chain's slots then come back as
-        they lay, one after the other, and the next chain's copy is one run.
+        they lay, one after the other, and the next chain's copy is one run. With the hashes of those `newcomers`, which
+        need not be stored, fewer may go, and the answer may be DECLINED.
         """
         if shard.spaces[self._level].has_free(self.tier.barred) or self._assign(shard):
-            return True
+            return Room.MADE
         donors = None
         if now >= shard.donor_check_s[self._level]:
             donors = self._coldest_first(groups, shard.group)
             if self._take_empty(donors) or self._look_around(shard, donors, now):
-                return self._assign(shard)
-        if self._evict_own(shard, wanted):
-            return True
+                return Room(self._assign(shard))
+        made = self._evict_own(shard, wanted, newcomers)
+        if made != Room.NONE:
+            return made
         donors = self._coldest_first(groups, shard.group) if donors is None else donors
-        return (self._balance(shard) or any(self._take(d.shards.values()) for d in donors)) and self._assign(shard)
+        taken = self._balance(shard) or any(self._take(d.shards.values()) for d in donors)
+        return Room(taken and self._assign(shard))
 
     def retire(self, shard: Shard, slabs: Sequence[Slab]) -> None:
         """Take empty slabs back from their shard."""
@@ -117,16 +123,22 @@ class Allocator:
             return False
         return self._take(donors[0].shards.values(), _SLABS_TRIED_MAX)
 
-    def _evict_own(self, shard: Shard, wanted: int) -> bool:
+    def _evict_own(self, shard: Shard, wanted: int, newcomers: Sequence[bytes]) -> Room:
         space, barred = shard.spaces[self._level], self.tier.barred
         # What lies on a barred drive gives no room: of it no more goes than what would be its share.
         tries = (wanted - space.free_beside(barred)) * self.tier.form.drives if barred else float("inf")
-        while space.free_beside(barred) < wanted and tries > 0:
+        made = Room.NONE
+        while (free := space.free_beside(barred)) < wanted and tries > 0:
             tries -= 1
             # A shard that holds no block gains nothing from a victim: its sibling ranks' slots are not its own.
-            if not space.count(RESIDENT) or not shard.group.evict_one(self._level):
+            if not space.count(RESIDENT):
                 break
-        return space.has_free(barred)
+            made = shard.group.evict_one(self._level, newcomers[free] if newcomers else None)
+            if made != Room.MADE:
+                break
+        if space.has_free(barred):
+            return Room.MADE
+        return Room.DECLINED if made == Room.DECLINED else Room.NONE
 
     def _balance(self, shard: Shard, slabs_tried_max: int | None = None) -> bool:
         """Take a slab from the rank that has most, if it has two more: a block needs all its ranks."""

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from enum import IntEnum
 
-from forebay.kvstore.eviction import EvictionPolicy
-from forebay.kvstore.eviction.lru import LruPolicy
+from forebay.kvstore.eviction import BYPASS, EvictionPolicy
+from forebay.kvstore.eviction.policies import Place, PolicyMaker, lru
 from forebay.kvstore.index import NO_ROW, BlockIndex
 from forebay.kvstore.namespace import NamespaceSpec
 from forebay.kvstore.slabs import QUARANTINED, RESERVED, RESIDENT, ShardSlots
@@ -63,6 +63,14 @@ class LeaseProgress:
     lease_id: int
     ready: int
     total: int
+
+
+class Room(IntEnum):
+    """Whether room was made for a block; DECLINED: nothing that may go is worth less than it."""
+
+    NONE = 0
+    MADE = 1
+    DECLINED = 2
 
 
 class Direction(IntEnum):
@@ -157,12 +165,20 @@ class Group:
     """Index, policies and shards of one namespace. Blocks leave only through `drop` and `drop_from`."""
 
     def __init__(
-        self, spec: NamespaceSpec, fingerprint: bytes, uid: int, effects: Effects, counters: Counters, tiers: int
+        self,
+        spec: NamespaceSpec,
+        fingerprint: bytes,
+        uid: int,
+        effects: Effects,
+        counters: Counters,
+        tiers: int,
+        host_policy: PolicyMaker = lru,
     ) -> None:
         self.spec = spec
         self.uid = uid
         self.fingerprint = fingerprint
         self._tiers = tiers
+        self._host_policy = host_policy
         self.index: BlockIndex
         self.policies: tuple[EvictionPolicy, ...]
         self.shards: dict[int, Shard] = {}
@@ -178,7 +194,8 @@ class Group:
     def begin_anew(self) -> None:
         """Know no block. Nobody holds one, and the slabs they lay in have been given back."""
         self.index = BlockIndex(self.spec.merged().shard_size, self._tiers)
-        self.policies = tuple(LruPolicy(self.index.parents, self.index.depths) for _ in range(self._tiers))
+        place = Place(self.index, self.spec.block_tokens, sole=self._tiers == 1)
+        self.policies = (self._host_policy(place), *(lru(place) for _ in range(1, self._tiers)))
         self.pinned_blocks = 0
         self._nothing_evictable = [False] * self._tiers
 
@@ -187,10 +204,21 @@ class Group:
         busy = any(shard.slots.count(RESERVED) or shard.slots.count(QUARANTINED) for shard in self.shards.values())
         return not (busy or self.pinned_blocks or any(self.index.holds))
 
-    def touch(self, hashes: Sequence[bytes], rows: Sequence[int], now: float) -> None:
+    def request(self, hashes: Sequence[bytes], rows: Sequence[int], now: float, *, opens: bool = False) -> None:
+        """A request named this chain, whose leading `rows` are present; with `opens` as the first thing it did."""
         self.last_touch_s = now
         for policy in self.policies:
-            policy.request(hashes, rows, now)
+            policy.request(hashes, rows, now, opens=opens)
+
+    def grow(self, hashes: Sequence[bytes], rows: Sequence[int], above: int, now: float) -> None:
+        """These blocks, whose leading `rows` are present, are to continue the row `above`."""
+        self.last_touch_s = now
+        for policy in self.policies:
+            policy.grow(hashes, rows, above, now)
+
+    def may_bypass(self) -> bool:
+        """A block that is not stored in host memory is lost, for this and every rank, and so it may be declined."""
+        return (len(self.policies) == 1 or bool(self.memory_only)) and self.index.shard_size == 1
 
     def _held_or_resident_above(self, row: int) -> int:
         """The nearest ancestor that is no tombstone, or NO_ROW."""
@@ -228,17 +256,22 @@ class Group:
         """Another tier has the whole block, so that it may leave this one and be found all the same."""
         return len(self.policies) > 1 and self.index.is_whole_in(row, NVME if tier == HOST else HOST)
 
-    def evict_one(self, tier: int = HOST) -> bool:
-        """Let the policy's next victim leave the tier; False when every block is leased, pinned or being written."""
+    def evict_one(self, tier: int = HOST, newcomer: bytes | None = None) -> Room:
+        """Let the policy's next victim leave the tier; NONE when every block is leased, pinned or being written.
+
+        With the hash of a `newcomer` that need not be stored the policy may decline to make room for it.
+        """
         if self._nothing_evictable[tier]:
-            return False
-        row = self.policies[tier].victim(self._may_leave(tier))
+            return Room.NONE
+        row = self.policies[tier].victim(self._may_leave(tier), newcomer)
+        if row == BYPASS:
+            return Room.DECLINED
         if row is not None:
             self.evict(row, tier)
         elif not self._force_out(tier):
             self._nothing_evictable[tier] = True
-            return False
-        return True
+            return Room.NONE
+        return Room.MADE
 
     def evict(self, row: int, tier: int) -> None:
         """Let a block leave a tier for space; it is lost where no other has it."""

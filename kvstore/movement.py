@@ -20,7 +20,7 @@ from itertools import islice
 
 from forebay.kvstore.admission import AdmissionRule, WriteBudget, WriteOnEvict
 from forebay.kvstore.allocation import Allocator
-from forebay.kvstore.groups import HOST, NVME, Direction, Effects, Group, LeaseProgress, Shard, Transfer
+from forebay.kvstore.groups import HOST, NVME, Direction, Effects, Group, LeaseProgress, Room, Shard, Transfer
 from forebay.kvstore.index import NO_SLOT
 from forebay.kvstore.leases import Lease
 from forebay.kvstore.planner import Link
@@ -519,7 +519,7 @@ class Movement:
         else:
             self.budget.give_back(size)
         shard.group.let_go((row,))
-        return room
+        return room != Room.NONE
 
     def _start_write(self, batch: _Batch, now: float) -> None:
         if batch.rows:

@@ -20,6 +20,8 @@ class Outcome(IntEnum):
     """The block before it is absent, so no lookup could ever find it."""
     DRAINING = 18
     """The daemon is shutting down."""
+    BYPASSED = 19
+    """Less likely to be asked for again than every block that could make room for it."""
 
 
 class Scope(IntEnum):

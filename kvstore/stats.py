@@ -66,6 +66,7 @@ class Counters:
     rejected_full_blocks: int = 0
     rejected_orphan_blocks: int = 0
     rejected_draining_blocks: int = 0
+    bypassed_blocks: int = 0
     evicted_blocks: int = 0
     evicted_unwritten_blocks: int = 0
     released_blocks: int = 0

@@ -25,7 +25,8 @@ from forebay.kvstore.errors import (
     UnknownNamespace,
     UnknownSession,
 )
-from forebay.kvstore.groups import HOST, NVME, Effects, Group, Shard
+from forebay.kvstore.eviction.policies import PolicyMaker, lru
+from forebay.kvstore.groups import HOST, NVME, Effects, Group, Room, Shard
 from forebay.kvstore.index import NO_ROW
 from forebay.kvstore.leases import Deadlines, Lease, Reservation, Session
 from forebay.kvstore.movement import Movement, NvmeConfig
@@ -56,6 +57,7 @@ class StoreConfig:
     leases_max: int = 65_536
     reservations_max: int = 65_536
     nvme: NvmeConfig | None = None
+    host_policy: PolicyMaker = lru
     physics: PhysicsConfig = NOTHING_KNOWN
 
 
@@ -241,7 +243,7 @@ class Store:
         counters.lookups += 1
         counters.lookup_hashes += len(hashes)
         counters.lookup_hit_blocks += len(rows)
-        group.touch(hashes, rows, now)
+        group.request(hashes, rows, now, opens=True)
         self.physics.asked(group, hashes, rows, now)
         return rows
 
@@ -259,7 +261,7 @@ class Store:
         if not rows:
             self.physics.leased(group, hashes, rows, 0, now)
             return _NOTHING_ACQUIRED
-        group.touch(hashes, rows, now)
+        group.request(hashes, rows, now)
         group.hold(rows)
         deadline = now + min(ttl_s, self.config.ttl_max_s)
         lease = Lease(self._fresh_id(self._leases), session, group, rows, deadline)
@@ -293,7 +295,7 @@ class Store:
         """Begin to bring the leading blocks to host memory; returns how many are there, and how many will be."""
         group = self.shard(session_id, ns).group
         rows = group.index.walk(hashes)
-        group.touch(hashes, rows, now)
+        group.request(hashes, rows, now)
         if self.movement is None or not rows:
             return len(rows), 0
         if self.draining:
@@ -322,12 +324,13 @@ class Store:
         session, shard = self._session(session_id), self.shard(session_id, ns)
         group = shard.group
         present = group.index.walk(hashes)
-        group.touch(hashes, present, now)
+        parent_row = self._parent_row(group, parent)
+        group.grow(hashes, present, parent_row, now)
         self._last_asked_s = now
         outcomes = bytearray([Outcome.PRESENT]) * len(present)
         rows: list[int] = []
         slots, generations = array("Q"), array("Q")
-        above = present[-1] if present else self._parent_row(group, parent)
+        above = present[-1] if present else parent_row
         first = present[0] if present else above
         self.physics.stored(group, hashes, group.index.depths[first] + (not present) if first != NO_ROW else 0, now)
         refusal = self._refusal(group, parent, above)
@@ -335,9 +338,8 @@ class Store:
         for position in range(len(present), len(hashes)):
             outcome = refusal
             if outcome is None:
-                left = len(hashes) - position
-                outcome, above, place = self._reserve_one(shard, hashes[position], above, now, left)
-                if outcome == Outcome.FULL:
+                outcome, above, place = self._reserve_one(shard, hashes, position, above, now)
+                if outcome in (Outcome.FULL, Outcome.BYPASSED):
                     refusal = outcome
                 elif place is not None:
                     rows.append(above)
@@ -435,7 +437,7 @@ class Store:
         """Hint: these blocks are in use (an engine that hits its own HBM cache asks for nothing)."""
         group = self.shard(session_id, ns).group
         rows = group.index.walk(hashes)
-        group.touch(hashes, rows, now)
+        group.request(hashes, rows, now)
         return len(rows)
 
     def done(self, session_id: int, ns: int, hashes: Sequence[bytes]) -> int:
@@ -649,7 +651,7 @@ class Store:
         group = self._groups.get(key)
         if group is None:
             uid, fingerprint = key
-            group = Group(spec, fingerprint, uid, self.effects, self.counters, len(self.tiers))
+            group = Group(spec, fingerprint, uid, self.effects, self.counters, len(self.tiers), self.config.host_policy)
             self._groups[key] = group
             if not spaces[-1].slots_per_slab:
                 group.memory_only = _does_not_fit(spec, self.tiers[NVME])
@@ -745,10 +747,10 @@ class Store:
         return rows
 
     def _reserve_one(
-        self, shard: Shard, name: bytes, above: int, now: float, left: int
+        self, shard: Shard, hashes: Sequence[bytes], position: int, above: int, now: float
     ) -> tuple[Outcome, int, tuple[int, int] | None]:
-        """Returns (outcome, the block's row, (slot, generation) when it is to be written); `left` are yet to come."""
-        group = shard.group
+        """Returns (outcome, the block's row, (slot, generation) when it is to be written) for one of `hashes`."""
+        group, name = shard.group, hashes[position]
         index = group.index
         row = index.find(name)
         if row == NO_ROW:
@@ -762,10 +764,13 @@ class Store:
         if shard.slots.has_free():
             return Outcome.WRITE, row, group.reserve(shard, row)
         group.hold((row,))
-        room = self._allocator.ensure(shard, self._groups.values(), now, left)
-        place = group.reserve(shard, row) if room else None
+        newcomers = hashes[position:] if group.may_bypass() else ()
+        room = self._allocator.ensure(shard, self._groups.values(), now, len(hashes) - position, newcomers)
+        place = group.reserve(shard, row) if room == Room.MADE else None
         group.let_go((row,))
-        return (Outcome.WRITE, row, place) if place else (Outcome.FULL, above, None)
+        if place is not None:
+            return Outcome.WRITE, row, place
+        return Outcome.BYPASSED if room == Room.DECLINED else Outcome.FULL, above, None
 
     def _new_reservation(self, session: Session, shard: Shard, rows: list[int], slots: array[int], now: float) -> int:
         deadline = now + self.config.reservation_ttl_s
@@ -844,6 +849,7 @@ class Store:
         counters = self.counters
         counters.present_blocks += outcomes.count(Outcome.PRESENT)
         counters.in_flight_blocks += outcomes.count(Outcome.IN_FLIGHT)
+        counters.bypassed_blocks += outcomes.count(Outcome.BYPASSED)
         counters.rejected_full_blocks += outcomes.count(Outcome.FULL)
         counters.rejected_orphan_blocks += outcomes.count(Outcome.ORPHAN)
         counters.rejected_draining_blocks += outcomes.count(Outcome.DRAINING)

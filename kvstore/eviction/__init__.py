@@ -10,14 +10,24 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
+BYPASS = -1
+"""No row: what room is being made for is less likely to be asked for again than all that could make it."""
+
 
 class EvictionPolicy(Protocol):
     """Chooses who goes. All times are seconds of the store's clock."""
 
-    def request(self, hashes: Sequence[bytes], rows: Sequence[int], now: float) -> None:
+    def request(self, hashes: Sequence[bytes], rows: Sequence[int], now: float, *, opens: bool = True) -> None:
         """A request named this chain, root first; `rows` are its leading present blocks.
 
-        The hashes beyond the present rows let a policy that keeps ghosts learn from what it evicted.
+        The hashes beyond the present rows let a policy that keeps ghosts learn from what it evicted. Without `opens`
+        the request may have named the chain, or a longer one, before.
+        """
+
+    def grow(self, hashes: Sequence[bytes], rows: Sequence[int], above: int, now: float) -> None:
+        """A request that was seen before stores these blocks, which continue the row `above` (NO_ROW at a root).
+
+        `rows` are the leading ones that are present.
         """
 
     def insert(self, rows: Sequence[int], now: float) -> None:
@@ -29,8 +39,10 @@ class EvictionPolicy(Protocol):
     def demote(self, rows: Sequence[int]) -> None:
         """A hint: this chain's own tail will not be asked for again."""
 
-    def victim(self, evictable: Callable[[int], bool | None]) -> int | None:
+    def victim(self, evictable: Callable[[int], bool | None], newcomer: bytes | None = None) -> int | None:
         """The row that should go next, or None when none may. The caller removes it.
+
+        With the hash of a `newcomer`, for which room is made and which need not be stored, it may be BYPASS.
 
         `evictable` answers yes, no, or None: not just now, since it is being copied to a slower tier. The first is
         taken, the second is in use and so recent, the third stays where it is in the order.

@@ -33,7 +33,7 @@ class LruPolicy:
 
     def __init__(self, parents: array[int], depths: array[int]) -> None:
         """`parents` and `depths` are the index's live columns, read by row."""
-        self._parents = parents
+        self.parents = parents
         self._depths = depths
         self._piece_of = array("i")  # numbers of pieces: half as large as references, of which there would be millions
         self._numbered: list[_Piece | None] = []
@@ -42,15 +42,19 @@ class LruPolicy:
         self._skipped = self._ring  # the youngest of the oldest pieces, all of which may not go just now
         self._pieces = 0
 
-    def request(self, hashes: Sequence[bytes], rows: Sequence[int], now: float) -> None:
-        del hashes
+    def request(self, hashes: Sequence[bytes], rows: Sequence[int], now: float, *, opens: bool = True) -> None:
+        del hashes, opens
         if rows:
             self._touch_path(rows[-1], now)
+
+    def grow(self, hashes: Sequence[bytes], rows: Sequence[int], above: int, now: float) -> None:
+        del above
+        self.request(hashes, rows, now)
 
     def insert(self, rows: Sequence[int], now: float) -> None:
         if not rows:
             return
-        piece_of, parents, numbered = self._piece_of, self._parents, self._numbered
+        piece_of, parents, numbered = self._piece_of, self.parents, self._numbered
         piece_of.extend(array("i", [_NO_PIECE]) * (len(parents) - len(piece_of)))
         for row in rows:
             parent = parents[row]
@@ -85,7 +89,8 @@ class LruPolicy:
         self._link_after(piece, self._ring)
         self.look_again()
 
-    def victim(self, evictable: Callable[[int], bool | None]) -> int | None:
+    def victim(self, evictable: Callable[[int], bool | None], newcomer: bytes | None = None) -> int | None:
+        del newcomer
         row = self._search(evictable)
         if row is None and self._skipped is not self._ring:
             self.look_again()
@@ -131,7 +136,7 @@ class LruPolicy:
             for position, row in enumerate(piece.rows):
                 if self._find(row) is not piece or row in seen:
                     yield f"row {row} is not in exactly one piece"
-                if position and self._parents[row] != piece.rows[position - 1]:
+                if position and self.parents[row] != piece.rows[position - 1]:
                     yield f"row {row} does not follow its parent in its piece"
                 seen.add(row)
             if not piece.rows:
@@ -162,12 +167,12 @@ class LruPolicy:
         while row >= 0 and self._pieces:
             piece = self._find(row)
             if piece is None:
-                row = self._parents[row]
+                row = self.parents[row]
                 continue
             if piece.rows[-1] != row:
                 self._split(piece, self._position(piece, row) + 1)
             self._refresh(piece, now)
-            row = self._parents[piece.rows[0]]
+            row = self.parents[piece.rows[0]]
 
     def _split(self, piece: _Piece, position: int) -> None:
         """Cut rows[position:] off into a piece of their own that keeps the old one's place in the ring."""

@@ -14,5 +14,6 @@ def test_numbers_are_the_golden_ones() -> None:
         "FULL": 16,
         "ORPHAN": 17,
         "DRAINING": 18,
+        "BYPASSED": 19,
     }
     assert {s.name: s.value for s in Scope} == {"BLOCKS": 0, "PREFIX": 1, "NAMESPACE": 2}

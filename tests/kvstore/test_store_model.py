@@ -14,7 +14,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -33,6 +33,9 @@ from forebay.kvstore.errors import (
     QuotaExceeded,
     UnknownNamespace,
 )
+from forebay.kvstore.eviction import EvictionPolicy
+from forebay.kvstore.eviction.hazard import HazardPolicy
+from forebay.kvstore.eviction.policies import Place
 from forebay.kvstore.groups import SlabOpened, SlabRetired
 from forebay.kvstore.namespace import NamespaceSpec
 from forebay.kvstore.outcome import Outcome, Scope
@@ -53,6 +56,15 @@ LIMITS = StoreConfig(
     leases_max=5,
     reservations_max=5,
 )
+
+
+def learning(place: Place) -> EvictionPolicy:
+    """The hazard policy, which learns at every third request, so that it chooses by what it learned."""
+    index = place.index
+    return HazardPolicy(index.parents, index.depths, index.hashes, refresh_requests=3)
+
+
+LEARNING = replace(LIMITS, host_policy=learning)
 
 Path_ = tuple[int, ...]
 
@@ -201,10 +213,12 @@ class Model:
 class StoreMachine(RuleBasedStateMachine):
     """Each rule is one event; `settle` reads its effects and judges them."""
 
+    limits = LIMITS
+
     def __init__(self) -> None:
         super().__init__()
         ids = itertools.count(1)
-        self.store = Store(LIMITS, lambda: next(ids))
+        self.store = Store(self.limits, lambda: next(ids))
         self.model = Model()
         self.now = 100.0
         self.next_session = 1
@@ -516,6 +530,11 @@ class StoreMachine(RuleBasedStateMachine):
             elif outcome == Outcome.FULL:
                 assert set(got.outcomes[position:]) == {Outcome.FULL}
                 break
+            elif outcome == Outcome.BYPASSED:
+                assert self.limits is LEARNING
+                assert kind.ranks == 1
+                assert set(got.outcomes[position:]) == {Outcome.BYPASSED}
+                break
             elif before[path] and (kind, path) not in evicted:
                 assert outcome == Outcome.PRESENT
             elif rank in block.writers:
@@ -756,6 +775,12 @@ class StoreMachine(RuleBasedStateMachine):
         assert self.store.in_use == 0
 
 
+class LearningMachine(StoreMachine):
+    """As above, with victims chosen by the hazard policy, which may decline to store."""
+
+    limits = LEARNING
+
+
 TestStoreAgreesWithTheModel = pytest.mark.timeout(1800)(StoreMachine.TestCase)  # a failure is made small first
 TestStoreAgreesWithTheModel.settings = settings(
     max_examples=5000 if LONG else 300,
@@ -772,10 +797,14 @@ TestStoreAgreesWithTheModel.settings = settings(
 STEPS = 1500
 
 
-def replay(seed: int) -> str:
+TestHazardPolicyKeepsTheRules = pytest.mark.timeout(1800)(LearningMachine.TestCase)
+TestHazardPolicyKeepsTheRules.settings = TestStoreAgreesWithTheModel.settings
+
+
+def replay(seed: int, limits: StoreConfig = LIMITS) -> str:
     """A digest of every outcome and effect of one pseudo-random life of a store."""
     dice, ids = random.Random(seed), itertools.count(1)
-    store, log = Store(LIMITS, lambda: next(ids)), hashlib.sha256()
+    store, log = Store(limits, lambda: next(ids)), hashlib.sha256()
     now, sessions, held = 0.0, [], []
     for session in (1, 2, 3):
         store.open_session(session, 1, b"g")
@@ -819,11 +848,12 @@ def test_same_events_and_ids_have_the_same_outcomes_and_effects() -> None:
     """A fault found by a seed must be found again by it."""
     assert replay(7) == replay(7)
     assert replay(7) != replay(8)
+    assert replay(7, LEARNING) == replay(7, LEARNING) != replay(7)
 
 
 def test_replay_does_not_depend_on_the_interpreters_hash_seed() -> None:
     """No decision may follow the order of a set or dictionary of bytes."""
-    code = "import runpy, sys; print(runpy.run_path(sys.argv[1])['replay'](7))"
+    code = "import runpy, sys; m = runpy.run_path(sys.argv[1]); print(m['replay'](7), m['replay'](7, m['LEARNING']))"
     digests = set()
     for seed in ("1", "2"):
         command = [sys.executable, "-P", "-c", code, str(Path(__file__))]

@@ -1,0 +1,240 @@
+"""`python -P -m forebay.bench.replay TRACE...`: recorded requests through the daemon's own store and policies.
+
+Exit status: 0 done, 2 usage (a trace that is none, a plot that cannot be drawn), 130 interrupted. The table and the
+JSON go to standard output, progress to standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from forebay.bench.replay_plot import CannotPlot, check_plot, plot
+from forebay.bench.replay_policies import NAMES, policy_maker
+from forebay.bench.replay_run import Result, replay
+from forebay.bench.shapes import SHAPES, Shape
+from forebay.bench.trace import BadTrace, Trace, read_trace
+
+SWEEP = "1%,2%,5%,10%,20%,50%"
+JSON_KEYS = (
+    "trace", "policy", "capacity_percent", "capacity_blocks", "token_hit_percent", "flops_saved_percent",
+    "nvme_writes_per_new_block", "occupancy_mean", "evictions",
+)  # fmt: skip
+_UNITS = {"": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
+_BAR = 30
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """A capacity: a share of the trace's distinct blocks, or bytes."""
+
+    percent: float = 0.0
+    size_bytes: int = 0
+
+    def blocks(self, trace: Trace, block_bytes: int) -> int:
+        """At least one."""
+        if self.size_bytes:
+            return max(1, self.size_bytes // block_bytes)
+        return max(1, int(self.percent * trace.unique_blocks / 100 + 1e-9))
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One run; what a worker process is sent."""
+
+    trace: Path
+    policy: str
+    host: Size
+    nvme: Size | None
+    shape: Shape
+    block_tokens: int
+    warm_up: float = 0.0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parsed = _parser().parse_args(arguments)
+    nvme: Size | None = parsed.nvme
+    sizes = [parsed.host] if parsed.host else parsed.capacity
+    jobs = [
+        Job(path, policy, size, nvme, SHAPES[parsed.model], parsed.block_tokens, parsed.warm_up / 100)
+        for path in parsed.traces
+        for policy in parsed.policy
+        for size in sizes
+    ]
+    try:
+        if parsed.plot:
+            check_plot(parsed.plot)
+        for path in parsed.traces:
+            read_trace(path)
+        results = run(jobs, parsed.jobs)
+        if parsed.plot:
+            plot(results, parsed.plot)
+    except (BadTrace, CannotPlot, OSError) as error:
+        print(f"forebay replay: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    if parsed.json:
+        print(json.dumps([{key: getattr(result, key) for key in JSON_KEYS} for result in results], indent=1))
+    else:
+        print(table(results, parsed.price_per_gpu_hour, SHAPES[parsed.model]))
+    return 0
+
+
+def run(jobs: Sequence[Job], processes: int) -> list[Result]:
+    """The results in the order of the jobs; each runs in a process of its own, and no result depends on how many."""
+    results: dict[int, Result] = {}
+    numbered = sorted(enumerate(jobs), key=lambda item: _cost(item[1]))
+    _progress(0, len(jobs))
+    if processes == 1 or len(jobs) == 1:
+        for number, job in numbered:
+            results[number] = run_one(job)
+            _progress(len(results), len(jobs))
+    else:
+        with multiprocessing.get_context("spawn").Pool(min(processes, len(jobs))) as pool:
+            for number, result in pool.imap_unordered(_numbered, numbered):
+                results[number] = result
+                _progress(len(results), len(jobs))
+    return [results[number] for number in range(len(jobs))]
+
+
+def _numbered(item: tuple[int, Job]) -> tuple[int, Result]:
+    number, job = item
+    return number, run_one(job)
+
+
+def _cost(job: Job) -> tuple[float, str]:
+    """What takes longest first: small caches, in which most has to be given up; a file's runs after each other."""
+    return job.host.percent or float(job.host.size_bytes), str(job.trace)
+
+
+_last: list[tuple[Path, Trace]] = []
+"""The trace that this process read last: its next run is most often of the same one."""
+
+
+def _trace(path: Path) -> Trace:
+    if not _last or _last[0][0] != path:
+        _last[:] = [(path, read_trace(path))]
+    return _last[0][1]
+
+
+def run_one(job: Job) -> Result:
+    """Raises BadTrace, OSError."""
+    trace = _trace(job.trace)
+    block_bytes = job.shape.kv_bytes_per_token * job.block_tokens
+    return replay(
+        trace,
+        job.policy,
+        policy_maker(job.policy, trace, job.shape),
+        job.host.blocks(trace, block_bytes),
+        nvme_blocks=job.nvme.blocks(trace, block_bytes) if job.nvme else 0,
+        shape=job.shape,
+        block_tokens=job.block_tokens,
+        warm_up=job.warm_up,
+    )
+
+
+def table(results: Sequence[Result], price_per_gpu_hour: float, shape: Shape) -> str:
+    """One line a run. GPU hours are those that hits made needless, at half of the peak of an H100."""
+    head = (
+        f"{'trace':14} {'policy':11} {'capacity':>8} {'blocks':>8} {'token hit':>9} {'FLOPs saved':>11} "
+        f"{'writes/new':>10} {'occupancy':>9} {'lost':>9} {'unwritten':>9} {'demoted':>9} {'bypassed':>9} "
+        f"{'GPU-h saved':>11}"
+    )
+    lines = [head + (f" {'$ saved':>9}" if price_per_gpu_hour else "")]
+    for each in results:
+        hours = each.flops_saved / shape.gpu_flops_per_s / 3600
+        reasons = " ".join(f"{each.evictions[name]:9}" for name in ("lost", "unwritten", "demoted", "bypassed"))
+        lines.append(
+            f"{each.trace[:14]:14} {each.policy:11} {each.capacity_percent:7.2f}% {each.capacity_blocks:8} "
+            f"{each.token_hit_percent:8.2f}% {each.flops_saved_percent:10.2f}% {each.nvme_writes_per_new_block:10.3f} "
+            f"{100 * each.occupancy_mean:8.1f}% {reasons} {hours:11.2f}"
+            + (f" {hours * price_per_gpu_hour:9.2f}" if price_per_gpu_hour else "")
+        )
+    return "\n".join(lines)
+
+
+def _progress(done: int, total: int) -> None:
+    """A bar where somebody looks, a line at the end where nobody does."""
+    filled = _BAR * done // total
+    if sys.stderr.isatty():
+        print(f"\rreplay [{'#' * filled}{'.' * (_BAR - filled)}] {done}/{total}", end="", file=sys.stderr, flush=True)
+    if done == total:
+        print("" if sys.stderr.isatty() else f"replay: {total} runs", file=sys.stderr, flush=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="forebay replay",
+        description="Drive the store and its eviction policies through recorded requests, on a virtual clock.",
+        epilog="exit status: 0 done, 2 usage, 130 interrupted. docs/replay.md says what the figures mean.",
+    )
+    parser.add_argument("traces", nargs="+", type=Path, metavar="TRACE", help="Mooncake's JSON lines, plain or gzip")
+    parser.add_argument(
+        "--policy", type=_policies, default=("hazard", "lru"), metavar="NAME,...", help=f"of {', '.join(NAMES)}"
+    )
+    sizes = parser.add_mutually_exclusive_group()
+    sizes.add_argument(
+        "--capacity", type=_sizes, default=_sizes(SWEEP), metavar="SIZE,...",
+        help=f"a run for each: 5%% of the trace's distinct blocks, or 64GiB (default {SWEEP.replace('%', '%%')})",
+    )  # fmt: skip
+    sizes.add_argument("--host", type=_size, metavar="SIZE", help="one size of the host tier instead")
+    parser.add_argument("--nvme", type=_size, metavar="SIZE", help="an nvme tier below it")
+    parser.add_argument(
+        "--model", choices=sorted(SHAPES), default="70b", help="its shape turns bytes into blocks and tokens into work"
+    )
+    parser.add_argument("--block-tokens", type=_whole, default=512, metavar="N", help="in a block of the trace (512)")
+    parser.add_argument(
+        "--warm-up", type=_percent, default=0.0, metavar="PERCENT", help="leading requests left out of the rates (0)"
+    )
+    parser.add_argument("--price-per-gpu-hour", type=float, default=0.0, metavar="USD", help="show what hits saved")
+    parser.add_argument("--json", action="store_true", help="a list of objects, one a run")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="hit rate over capacity: .svg, or .png (matplotlib)")
+    parser.add_argument(
+        "--jobs", type=_whole, default=len(os.sched_getaffinity(0)), metavar="N", help="processes (default: all cores)"
+    )
+    return parser
+
+
+def _policies(text: str) -> tuple[str, ...]:
+    names = tuple(text.split(","))
+    unknown = [name for name in names if name not in NAMES]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"unknown policy {unknown[0]!r}; known: {', '.join(NAMES)}")
+    return names
+
+
+def _sizes(text: str) -> list[Size]:
+    return [_size(part) for part in text.split(",")]
+
+
+def _size(text: str) -> Size:
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)(%|[KMGT]iB|B|)", text.strip())
+    if match is None or not float(match[1]):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size; write one like 5% or 64GiB")
+    number, unit = float(match[1]), match[2]
+    return Size(percent=number) if unit == "%" else Size(size_bytes=max(1, int(number * _UNITS[unit])))
+
+
+def _percent(text: str) -> float:
+    match = re.fullmatch(r"([0-9]{1,2}(?:\.[0-9]+)?)%?", text.strip())
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a percentage below 100")
+    return float(match[1])
+
+
+def _whole(text: str) -> int:
+    if not (text.isascii() and text.isdecimal() and 0 < int(text) < 1_000_000):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to 999999")
+    return int(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

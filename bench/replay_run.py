@@ -1,0 +1,149 @@
+"""One trace through the daemon's own store at one capacity, on a virtual clock.
+
+Each request looks its chain up, has what lies on the drive brought up, and stores what was missing, as an engine does;
+and what it wants copied is said to be done at once. Nothing of the store or of
+its policies is modelled here.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from forebay.bench.shapes import Shape
+from forebay.bench.trace import Trace
+from forebay.kvstore.eviction.policies import PolicyMaker
+from forebay.kvstore.groups import Direction
+from forebay.kvstore.movement import PAGE_BYTES, NvmeConfig, Verdict
+from forebay.kvstore.namespace import NamespaceSpec
+from forebay.kvstore.slabs import RESIDENT
+from forebay.kvstore.store import Store, StoreConfig
+
+_SESSION = 1
+BLOCK_BYTES = 4096
+"""Of a block, to the store: the least that an nvme slot holds, since bytes are only counted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """Rates in percent, from a cold start unless requests were left out to warm up.
+
+    Attributes:
+        occupancy_mean: resident share of the host tier, mean over requests from the first eviction on.
+        evictions: blocks by reason: `lost` for space, `unwritten` of them without an nvme tier having had them,
+            `demoted` to it, `bypassed` (never stored).
+        flops_saved: prefill work that hits made needless.
+    """
+
+    trace: str
+    policy: str
+    capacity_percent: float
+    capacity_blocks: int
+    token_hit_percent: float
+    flops_saved_percent: float
+    nvme_writes_per_new_block: float
+    occupancy_mean: float
+    evictions: dict[str, int]
+    flops_saved: float
+    nvme_blocks: int
+
+
+def _nvme_config(blocks: int) -> NvmeConfig:
+    """One slab that holds just so many blocks, each behind a header page, and the slab's own."""
+    size = blocks * (BLOCK_BYTES + PAGE_BYTES) + PAGE_BYTES
+    return NvmeConfig(size, size)
+
+
+class _Run:
+    """The store and what is counted."""
+
+    def __init__(self, host_blocks: int, nvme_blocks: int, maker: PolicyMaker, block_tokens: int) -> None:
+        ids = itertools.count(1)
+        nvme = _nvme_config(nvme_blocks) if nvme_blocks else None
+        config = StoreConfig(host_blocks * BLOCK_BYTES, host_blocks * BLOCK_BYTES, host_policy=maker, nvme=nvme)
+        self.store = Store(config, lambda: next(ids))
+        if nvme_blocks:
+            self.store.restore_slabs([], 1)
+            self.store.restore_done()
+        self.store.open_session(_SESSION, 0)
+        spec = NamespaceSpec("replayed", "", "bytes", block_tokens, (BLOCK_BYTES,))
+        self.shard = self.store.open_namespace(_SESSION, spec)
+        self.has_nvme = bool(nvme_blocks)
+        self.new_blocks = self.written_blocks = 0
+
+    def ask(self, names: Sequence[bytes], now: float) -> int:
+        """Blocks that a request finds; then it stores the others."""
+        store, ns = self.store, self.shard.ns
+        found = len(store.lookup(_SESSION, ns, names, now))
+        lease = store.acquire(_SESSION, ns, names[:found], 60.0, now).lease_id if self.has_nvme and found else 0
+        self._carry_out(now)
+        reserved = store.reserve(_SESSION, ns, b"", names, now)
+        self.new_blocks += len(names) - found
+        if reserved.reservation_id:
+            store.commit(_SESSION, reserved.reservation_id, (), now)
+        if lease:
+            store.release(_SESSION, lease)
+        self._carry_out(now)
+        return found
+
+    def _carry_out(self, now: float) -> None:
+        """Say that all which is wanted has been done, until nothing more is wanted."""
+        self.store.plan_writes(now)
+        while not self.store.has_no_effects():
+            for transfer in self.store.drain_effects().transfers:
+                count = len(transfer.rows)
+                self.written_blocks += count if transfer.direction == Direction.WRITE else 0
+                self.store.transfer_done(transfer.transfer_id, [Verdict.OK] * count, [0] * count, now)
+            self.store.plan_writes(now)
+
+
+def replay(
+    trace: Trace,
+    policy: str,
+    maker: PolicyMaker,
+    host_blocks: int,
+    *,
+    nvme_blocks: int = 0,
+    shape: Shape,
+    block_tokens: int = 512,
+    warm_up: float = 0.0,
+) -> Result:
+    """Run the whole trace; `host_blocks` at least 1.
+
+    The leading share `warm_up` of requests is left out of the rates.
+    """
+    run = _Run(host_blocks, nvme_blocks, maker, block_tokens)
+    hit = asked = 0
+    saved = needed = occupied = 0.0
+    looked = 0
+    first = int(warm_up * len(trace.requests))
+    for number, request in enumerate(trace.requests):
+        found = min(run.ask(request.names, request.now_s) * block_tokens, request.tokens)
+        if number < first:
+            continue
+        hit, asked = hit + found, asked + request.tokens
+        saved, needed = saved + shape.prefill_flops(found), needed + shape.prefill_flops(request.tokens)
+        if run.shard.group.evicted_from_host or run.store.counters.bypassed_blocks:
+            looked += 1
+            occupied += run.shard.slots.count(RESIDENT)
+    counters = run.store.counters
+    resident = run.shard.slots.count(RESIDENT)
+    return Result(
+        trace=trace.name,
+        policy=policy,
+        capacity_percent=round(100 * host_blocks / trace.unique_blocks, 3),
+        capacity_blocks=host_blocks,
+        token_hit_percent=100 * hit / max(1, asked),
+        flops_saved_percent=100 * saved / max(1.0, needed),
+        nvme_writes_per_new_block=run.written_blocks / max(1, run.new_blocks),
+        occupancy_mean=(occupied / looked if looked else resident) / host_blocks,
+        evictions={
+            "lost": counters.evicted_blocks,
+            "unwritten": counters.evicted_unwritten_blocks,
+            "demoted": counters.released_blocks,
+            "bypassed": counters.bypassed_blocks,
+        },
+        flops_saved=saved,
+        nvme_blocks=nvme_blocks,
+    )

@@ -1,0 +1,429 @@
+"""Learned reuse hazard: the block goes that pays least for its place, by when blocks of its class come back.
+
+A block's class is what was seen of its use: how often requests left the path after it to continue otherwise (system
+prompts, documents), or else how many turns its conversation has had. Per class it is learned at which age blocks are
+asked for again, of ghosts too (`hazard_model`). The hazard of most classes rises to a peak and falls, so the least
+index is at one end of the ages: the candidates are the oldest and the newest piece of each class whose tail may go.
+Giving up the newest is what stops thrashing; of what is about to be stored it means not to store it (BYPASS).
+
+Which blocks may go at all is the caller's answer. Where none of the candidates may, and before anything is learned, the
+victim is that of plain LRU, which is kept beside; so it is while LRU does better (`guard`). A request costs time in its
+pieces and its new blocks, not in its length.
+
+Source: Gittins index over a Kaplan-Meier estimate; LHD (hit density, NSDI'18) and Alibaba's "KVCache in the wild"
+(ATC'25, reuse predictable per class of request) come nearest. Rejected: an exponential per class, which does not see
+the hazard rise; more classes (sizes, gaps, later turns), which change less than a point.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from heapq import heapify, heappop, heappush
+from typing import NamedTuple
+
+from forebay.kvstore.eviction import BYPASS
+from forebay.kvstore.eviction.guard import LruGuard
+from forebay.kvstore.eviction.hazard_model import BINS, HORIZON_BIN, HORIZON_S, HazardModel, bin_of
+from forebay.kvstore.eviction.lru import LruPolicy
+from forebay.kvstore.eviction.pieces import NO_ROW, Piece, Pieces
+
+SHARED_CLASSES = 5
+TURN_CLASSES = 4
+CLASSES = SHARED_CLASSES + TURN_CLASSES
+FINISHED = CLASSES
+"""Not a class of its own: conversations of which somebody said that they are over."""
+
+REFRESH_REQUESTS = 200
+GRAIN_BLOCKS = 64
+"""Victims taken from one piece before the candidates are compared again."""
+SKIPS_MAX = 8
+REPEAT_S = 10.0
+"""A chain that is known whole and was named so lately is the same request: looked up, then acquired."""
+
+
+_SIDES = (True, False)
+"""A ring's oldest and newest end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """What the policy thinks of a block. `value_hz` is the index: hits per second of a place, at best."""
+
+    kind: str
+    age_s: float
+    turn: int
+    shared: int
+    resident: bool
+    value_hz: float
+    within_1m: float
+    within_10m: float
+    within_1h: float
+    reason: str
+
+
+class HazardPolicy:
+    """See the module's text.
+
+    Args:
+        parents, depths, hashes: the index's live columns, read by row.
+        equal_depth: depth in blocks at which attention over what is before costs as much to recompute as all the rest
+            of a block; blocks then count by what they cost. 0: all blocks count the same.
+        sole: what is given up here is lost. Where a slower tier is to keep it, what goes next has to be known early
+            enough to be written, so the least recently used goes; what is learned then serves predictions alone.
+        guarded: compare with LRU and fall back to it.
+        refresh_requests: after so many requests the indices are computed anew.
+    """
+
+    def __init__(
+        self,
+        parents: array[int],
+        depths: array[int],
+        hashes: Sequence[bytes | None],
+        *,
+        equal_depth: float = 0.0,
+        sole: bool = True,
+        guarded: bool = True,
+        refresh_requests: int = REFRESH_REQUESTS,
+    ) -> None:
+        self._depths = depths
+        self._hashes = hashes
+        self._equal_depth = equal_depth
+        self._sole = sole
+        self._refresh_requests = refresh_requests
+        self._lru = LruPolicy(parents, depths)
+        self._guard = LruGuard() if guarded else None
+        self._model = HazardModel(CLASSES)
+        self._pieces = Pieces(CLASSES + 1, self._given_up)
+        self._now = 0.0
+        self._current: Piece | None = None
+        self._left = 0
+        self._ends: list[_End] = []
+        """Candidates, least index first; empty when they have to be looked for."""
+        self._looks_anew = True
+        self._learned = False
+        self._swept: list[Piece] = []
+        self._stride = 1
+        self._requests = 0
+        self._waiting = _nothing()
+
+    def request(self, hashes: Sequence[bytes], rows: Sequence[int], now: float, *, opens: bool = True) -> None:
+        self._lru.request(hashes, rows, now)
+        self._now = max(now, self._now)
+        self._new_candidates()
+        if not hashes:
+            return
+        hashes = list(hashes)
+        path, matched = self._pieces.match(hashes)
+        if matched == len(hashes) and (not opens or self._now - path[-1][0].touched < REPEAT_S):
+            return
+        if self._guard is not None:
+            self._guard.request(hashes, len(rows), self._now)
+        fresh = self._pieces.fresh(hashes[matched:])
+        last = path[-1][0] if path else None
+        goes_on = last is not None and matched >= last.chain - 1
+        turn = last.turn + 1 if last is not None and goes_on else 0
+        for piece, blocks in path:
+            if piece.kind != FINISHED:
+                self._model.returned(piece.kind, self._now - piece.touched, blocks)
+        self._relabel(path, fresh, turn, branches=not goes_on, length=matched + len(fresh))
+        self._learn()
+
+    def _relabel(
+        self, path: Sequence[tuple[Piece, int]], fresh: Sequence[bytes], turn: int, *, branches: bool, length: int
+    ) -> None:
+        """Join the path's pieces and what is new to one piece for each shared class, and one for the rest."""
+        pieces = self._pieces
+        made: list[Piece] = []
+        for piece, blocks in path:
+            head = pieces.head(piece, blocks)
+            head.shared += branches
+            if made and _shared_class(made[-1].shared) == _shared_class(head.shared):
+                pieces.join(made[-1], head)
+            else:
+                made.append(head)
+        if fresh:
+            if not made or made[-1].shared:
+                made.append(pieces.new(length - len(fresh), 0, self._now))
+            pieces.extend(made[-1], fresh)
+        for piece in made:
+            piece.turn, piece.chain = turn, length
+            pieces.label(piece, _kind(piece.shared, turn), self._now)
+        if made:
+            pieces.limit(made[-1])
+
+    def grow(self, hashes: Sequence[bytes], rows: Sequence[int], above: int, now: float) -> None:
+        self._lru.grow(hashes, rows, above, now)
+        self._now = max(now, self._now)
+        self._new_candidates()
+        known = self._pieces.known
+        new = next((at for at, name in enumerate(hashes) if name not in known), None)
+        if new is None:
+            return
+        before = hashes[new - 1] if new else self._hashes[above] if above >= 0 else None
+        start = (self._depths[above] + 1 if above >= 0 else 0) + new
+        self._continue(before, start, hashes[new:])
+
+    def _continue(self, before: bytes | None, start: int, names: Sequence[bytes]) -> Piece | None:
+        """New names after a known one, or none, are more of the same request, unless that has other ends already."""
+        pieces = self._pieces
+        names = pieces.fresh(names)
+        piece = pieces.known.get(before) if before is not None else None
+        if not names:
+            return None
+        if piece is None or piece.names[-1] != before or piece.start + len(piece.names) != start or piece.shared:
+            piece = pieces.new(start, _kind(0, 0), self._now)
+        pieces.extend(piece, names)
+        piece.chain = start + len(names)
+        pieces.label(piece, piece.kind, self._now)
+        pieces.limit(piece)
+        return piece
+
+    def insert(self, rows: Sequence[int], now: float) -> None:
+        self._lru.insert(rows, now)
+        self._now = max(now, self._now)
+        self._new_candidates()
+        hashes, depths, known, insert = self._hashes, self._depths, self._pieces.known, self._pieces.insert
+        for row in rows:
+            name, depth = hashes[row], depths[row]
+            assert name is not None, f"row {row} is not in use"
+            piece = known.get(name)
+            if piece is None or not _is_at(piece, depth, name):
+                piece = self._place(name, row, depth)
+            insert(piece, depth - piece.start, row)
+
+    def _place(self, name: bytes, row: int, depth: int) -> Piece:
+        """Begin or go on with a piece for a block that no request had named, or had named at another depth."""
+        if name in self._pieces.known:
+            self._pieces.unname(name)
+        parent = self._lru.parents[row]
+        piece = self._continue(self._hashes[parent] if parent >= 0 else None, depth, [name])
+        assert piece is not None
+        return piece
+
+    def remove(self, row: int) -> None:
+        self._lru.remove(row)
+        name = self._hashes[row]
+        assert name is not None, f"row {row} is not in use"
+        piece = self._pieces.known[name]
+        self._pieces.remove(piece, self._depths[row] - piece.start)
+
+    def demote(self, rows: Sequence[int]) -> None:
+        self._lru.demote(rows)
+        name = self._hashes[rows[-1]] if rows else None
+        piece = self._pieces.known.get(name) if name is not None else None
+        if piece is not None and not piece.shared:
+            self._new_candidates()
+            self._pieces.label(piece, FINISHED, piece.touched)
+
+    def victim(self, evictable: Callable[[int], bool | None], newcomer: bytes | None = None) -> int | None:
+        if self._guard is not None and self._looks_anew:
+            self._guard.capacity_blocks = self._pieces.live
+        self._looks_anew = False
+        if self._is_lru:
+            return self._lru.victim(evictable)
+        piece = self._current
+        if piece is not None and self._left > 0 and piece.live and evictable(piece.rows[-1]):
+            self._left -= 1
+            return piece.rows[-1]
+        end = self._least(evictable)
+        if end is None:
+            return self._lru.victim(evictable)
+        if newcomer is not None and self._is_worth_less(newcomer, end.value):
+            return BYPASS
+        self._current, self._left = end.piece, GRAIN_BLOCKS - 1
+        return end.piece.rows[-1]
+
+    def look_again(self) -> None:
+        self._lru.look_again()
+
+    def coldest(self, limit: int) -> list[int]:
+        if self._is_lru:
+            return self._lru.coldest(limit)
+        pieces = [(ring.newer if old else ring.older, ring, old) for ring in self._pieces.rings for old in _SIDES]
+        heap = [self._at_end(piece, ring, old) for piece, ring, old in pieces if piece is not ring]
+        heapify(heap)
+        rows: list[int] = []
+        seen: set[Piece] = set()
+        while heap and len(rows) < limit:
+            end = heappop(heap)
+            if end.piece in seen:
+                continue
+            seen.add(end.piece)
+            tail_first = [row for row in reversed(end.piece.rows) if row != NO_ROW]
+            rows += tail_first[: limit - len(rows)]
+            following = end.piece.newer if end.is_oldest else end.piece.older
+            if following is not end.ring and following not in seen:
+                heappush(heap, self._at_end(following, end.ring, end.is_oldest))
+        return rows
+
+    def oldest_touch(self) -> float | None:
+        return self._lru.oldest_touch()
+
+    def check(self, rows: Iterable[int]) -> Iterator[str]:
+        expected = set(rows)
+        yield from self._lru.check(expected)
+        yield from self._pieces.check()
+        found = 0
+        for piece in self._pieces.all:
+            for at, row in enumerate(piece.rows):
+                found += row != NO_ROW
+                if row != NO_ROW and (row not in expected or not _is_at(piece, self._depths[row], self._hashes[row])):
+                    yield f"row {row} lies at block {at} of a piece that is not its own"
+        if found != len(expected):
+            yield f"{found} resident rows in pieces, {len(expected)} in the index"
+
+    def explain(self, name: bytes, now: float) -> Explanation | None:
+        """What is thought of a block, or None where nothing is known of it."""
+        piece = self._pieces.known.get(name)
+        if piece is None:
+            return None
+        at = piece.names.index(name)
+        age, kind = max(0.0, now - piece.touched), piece.kind
+        chances = [0.0 if kind == FINISHED else self._model.probability(kind, age, s) for s in (60.0, 600.0, 3600.0)]
+        return Explanation(
+            kind=_kind_name(kind),
+            age_s=age,
+            turn=piece.turn,
+            shared=piece.shared,
+            resident=at < len(piece.rows) and piece.rows[at] != NO_ROW,
+            value_hz=self._value(piece, now),
+            within_1m=chances[0],
+            within_10m=chances[1],
+            within_1h=chances[2],
+            reason=self._reason(kind),
+        )
+
+    def _reason(self, kind: int) -> str:
+        if kind == FINISHED:
+            return "its conversation is over: it goes first"
+        if not self._learned:
+            return f"least recently used goes first, until {self._refresh_requests} requests have been seen"
+        if not self._sole:
+            return "least recently used goes first, to the next tier"
+        if self._is_lru:
+            return "least recently used goes first, since that did better lately"
+        return "least index goes first, among the oldest and the newest of each class"
+
+    @property
+    def _is_lru(self) -> bool:
+        return not (self._learned and self._sole) or (self._guard is not None and self._guard.lru_ahead)
+
+    def _new_candidates(self) -> None:
+        self._current = None
+        self._ends = []
+        self._looks_anew = True
+
+    def _least(self, evictable: Callable[[int], bool | None]) -> _End | None:
+        """The candidate with the least index, of which the tail may go."""
+        for anew in (False, True):
+            if anew or not self._ends:
+                sides = [(ring, old) for ring in self._pieces.rings for old in _SIDES]
+                self._ends = [end for ring, old in sides if (end := self._end(ring, old, evictable)) is not None]
+                heapify(self._ends)
+            while self._ends:
+                end = self._ends[0]
+                if end.piece.live and evictable(end.piece.rows[-1]):
+                    return end
+                heappop(self._ends)
+                following = self._end(end.ring, end.is_oldest, evictable)
+                if following is not None:
+                    heappush(self._ends, following)
+        return None
+
+    def _end(self, ring: Piece, is_oldest: bool, evictable: Callable[[int], bool | None]) -> _End | None:
+        """The oldest or newest piece of a class whose tail may go, of the first few."""
+        piece = ring
+        for _ in range(SKIPS_MAX + 1):
+            piece = piece.newer if is_oldest else piece.older
+            if piece is ring:
+                return None
+            if evictable(piece.rows[-1]):
+                return self._at_end(piece, ring, is_oldest)
+        return None
+
+    def _at_end(self, piece: Piece, ring: Piece, is_oldest: bool) -> _End:
+        return _End(self._value(piece, self._now), piece.touched, ring.kind, not is_oldest, piece, ring)
+
+    def _value(self, piece: Piece, now: float) -> float:
+        if piece.kind == FINISHED:
+            return -1.0
+        value = self._model.value(piece.kind, max(0.0, now - piece.touched))
+        if self._equal_depth:
+            value *= 1 + (piece.start + (len(piece.rows) or len(piece.names))) / self._equal_depth
+        return value
+
+    def _is_worth_less(self, newcomer: bytes, than: float) -> bool:
+        piece = self._pieces.known.get(newcomer)
+        return piece is not None and self._value(piece, self._now) < than
+
+    def _learn(self) -> None:
+        """Go on counting what is waiting, a part at each request, and compute the indices when all is counted."""
+        self._requests += 1
+        ends = self._requests % self._refresh_requests == 0
+        part = len(self._swept) if ends else min(self._stride, len(self._swept))
+        for _ in range(part):
+            self._count(self._swept.pop())
+        if ends:
+            self._model.refresh(self._waiting)
+            self._learned = True
+            self._swept = list(self._pieces.all)
+            self._stride = len(self._swept) // self._refresh_requests + 1
+            self._waiting = _nothing()
+
+    def _count(self, piece: Piece) -> None:
+        if piece.kind == FINISHED or not piece.names:
+            return
+        age = self._now - piece.touched
+        if age > HORIZON_S and not piece.live:
+            self._pieces.forget(piece)
+            return
+        if age > HORIZON_S:
+            self._pieces.trim(piece)
+        self._waiting[piece.kind][min(bin_of(age), HORIZON_BIN)] += len(piece.names)
+
+    def _given_up(self, piece: Piece, blocks: int) -> None:
+        if piece.kind != FINISHED:
+            self._model.given_up(piece.kind, max(0.0, self._now - piece.touched), blocks)
+
+
+class _End(NamedTuple):
+    """A candidate; they compare by index, then by age, as in LRU."""
+
+    value: float
+    touched: float
+    kind: int
+    is_newest: bool
+    piece: Piece
+    ring: Piece
+
+    @property
+    def is_oldest(self) -> bool:
+        return not self.is_newest
+
+
+def _shared_class(shared: int) -> int:
+    return min(shared.bit_length(), SHARED_CLASSES - 1)
+
+
+def _kind(shared: int, turn: int) -> int:
+    return _shared_class(shared) if shared else SHARED_CLASSES + min(turn, TURN_CLASSES - 1)
+
+
+def _kind_name(kind: int) -> str:
+    if kind == FINISHED:
+        return "finished"
+    if kind < SHARED_CLASSES:
+        return f"shared by {1 << kind >> 1} or more"
+    turn = kind - SHARED_CLASSES
+    return f"turn {turn} or later" if turn == TURN_CLASSES - 1 else f"turn {turn}"
+
+
+def _is_at(piece: Piece, depth: int, name: bytes | None) -> bool:
+    at = depth - piece.start
+    return 0 <= at < len(piece.names) and piece.names[at] == name
+
+
+def _nothing() -> list[list[float]]:
+    return [[0.0] * BINS for _ in range(CLASSES)]

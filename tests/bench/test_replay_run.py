@@ -1,0 +1,122 @@
+"""A replay is the store itself: tiny traces by hand, the published rates on the recorded ones."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from forebay.bench.replay_policies import NAMES, policy_maker
+from forebay.bench.replay_run import Result, replay
+from forebay.bench.shapes import SHAPES
+from forebay.bench.trace import Request, Trace, read_trace
+
+TRACES = Path(__file__).resolve().parents[2] / ".." / "shared" / "traces"
+
+
+def trace_of(*chains: str) -> Trace:
+    """One request a second; each letter is a block of 512 tokens, named by the letters up to it."""
+    requests = tuple(
+        Request(float(at), 512 * len(chain), tuple(chain[: end + 1].encode().ljust(16) for end in range(len(chain))))
+        for at, chain in enumerate(chains)
+    )
+    return Trace("tiny", requests, len({name for request in requests for name in request.names}))
+
+
+def run(trace: Trace, policy: str, blocks: int, nvme_blocks: int = 0, warm_up: float = 0.0) -> Result:
+    shape = SHAPES["70b"]
+    maker = policy_maker(policy, trace, shape)
+    return replay(trace, policy, maker, blocks, nvme_blocks=nvme_blocks, shape=shape, warm_up=warm_up)
+
+
+def recorded(name: str) -> Trace:
+    path = TRACES / f"{name}.jsonl.gz"
+    if not path.is_file():
+        pytest.skip(f"{path.name} is not in {TRACES}: the recorded traces are not part of the repository")
+    return read_trace(path)
+
+
+def test_lru_of_a_tiny_trace_is_what_one_counts_by_hand() -> None:
+    """Room for 4: "xyz" takes the 1 that is free and gives up c and b; "ab" then finds a alone, and takes z's place."""
+    result = run(trace_of("abc", "xyz", "ab", "ab"), "lru", 4)
+    assert result.token_hit_percent == pytest.approx(100 * (0 + 0 + 1 + 2) / 10)
+    assert result.evictions == {"lost": 3, "unwritten": 0, "demoted": 0, "bypassed": 0}
+    assert (result.capacity_blocks, result.capacity_percent, result.occupancy_mean) == (4, 66.667, 1.0)
+
+
+def test_belady_does_not_store_what_never_comes_back() -> None:
+    result = run(trace_of("abc", "xyz", "ab", "ab"), "belady", 4)
+    assert result.token_hit_percent == pytest.approx(100 * (0 + 0 + 2 + 2) / 10)
+    assert result.evictions == {"lost": 0, "unwritten": 0, "demoted": 0, "bypassed": 2}
+
+
+def test_saved_work_weighs_deep_tokens_more() -> None:
+    """Attention makes the second half of a prompt dearer than the first."""
+    result = run(trace_of("abcd", "abxy"), "lru", 100)
+    assert result.token_hit_percent == pytest.approx(25.0)
+    assert 24.0 < result.flops_saved_percent < 25.0
+
+
+@pytest.mark.parametrize("policy", NAMES)
+def test_every_policy_fills_its_room_and_keeps_the_books(policy: str) -> None:
+    """And none beats the bound; with all in memory all are the same."""
+    trace = trace_of(*(f"s{letter}{'abcdefgh'[: at % 6]}" for at, letter in enumerate("abcabdaebafc" * 4)))
+    bound = run(trace, "belady", 8).token_hit_percent
+    result = run(trace, policy, 8)
+    assert 0 < result.token_hit_percent <= bound + 1e-9
+    assert result.occupancy_mean > 0.9
+    assert run(trace, policy, 1000).token_hit_percent == run(trace, "lru", 1000).token_hit_percent
+
+
+def test_what_leaves_memory_is_found_on_the_drive() -> None:
+    """Two tiers hold what one of both sizes does, and what was written is counted."""
+    trace = trace_of(*(["abcdef", "ghijkl", "mnopqr"] * 6))
+    alone, both = run(trace, "lru", 6), run(trace, "hazard", 6, nvme_blocks=40)
+    assert alone.token_hit_percent == 0
+    assert both.token_hit_percent > 60
+    assert 0 < both.nvme_writes_per_new_block <= 1
+    assert both.evictions["demoted"] > 0
+
+
+def test_same_trace_has_the_same_result() -> None:
+    trace = trace_of(*(f"s{letter}{'abcdefgh'[: at % 6]}" for at, letter in enumerate("abcabdaebafc" * 40)))
+    assert run(trace, "hazard", 9) == run(trace, "hazard", 9)
+
+
+@pytest.mark.parametrize(
+    ("name", "percent", "goal", "lru"),
+    [("synthetic", 1, 3.9, 3.88), ("synthetic", 20, 42.0, 40.03), ("agentA", 1, 28.0, 12.88)],
+)
+def test_hazard_reaches_its_goals_on_recorded_traces(name: str, percent: int, goal: float, lru: float) -> None:
+    """Corners of the table of docs/replay.md; the whole of it takes minutes."""
+    trace = recorded(name)
+    result = run(trace, "hazard", percent * trace.unique_blocks // 100)
+    print(f"{name} {percent} %: {result.token_hit_percent:.2f} % (goal {goal}, LRU {lru})")
+    assert result.token_hit_percent >= goal
+
+
+def test_weighing_by_cost_saves_more_work_than_lru() -> None:
+    trace = recorded("synthetic")
+    assert run(trace, "hazard-cost", 5 * trace.unique_blocks // 100).flops_saved_percent >= 18.0
+
+
+@pytest.mark.timeout(900)  # the other simulator, in plain Python, takes its time
+@pytest.mark.parametrize("name", ["conversation", "synthetic"])
+def test_lru_and_belady_agree_with_another_simulator(name: str) -> None:
+    """Of Mooncake's authors; to three decimals, in blocks."""
+    if importlib.util.find_spec("kvcache_sim") is None:
+        pytest.skip("kvcache-simulator (PyPI, 0.1.3 was tried) is not installed: nothing to compare with")
+    from kvcache_sim.plan import build_execution_plan
+    from kvcache_sim.policies import simulate_policy
+    from kvcache_sim.trace import parse_trace_file
+
+    trace = recorded(name)
+    plan = build_execution_plan(parse_trace_file(TRACES / f"{name}.jsonl.gz", block_size=512), warmup_fraction=0.5)
+    for ours, theirs in (("lru", "lru"), ("belady", "optimal")):
+        for percent in (1, 10):
+            blocks = percent * trace.unique_blocks // 100
+            expected = 100 * simulate_policy(plan, theirs, blocks).hitRate
+            found = run(trace, ours, blocks, warm_up=0.5).token_hit_percent
+            print(f"{name} {percent} % {ours}: {found:.3f}, kvcache-simulator {expected:.3f}")
+            assert found == pytest.approx(expected, abs=0.0005)
