@@ -14,6 +14,7 @@ request: a small cache holds few chains, and whose chain was asked for once more
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import repeat
 from math import sqrt
 from zlib import crc32
 
@@ -37,7 +38,7 @@ class LruGuard:
         self._mask = 0
         self._shadow: dict[bytes, bool] = {}
         """Whether it is a root, by name, longest untouched first."""
-        self._held = 0
+        self._roots = 0
         self._began_s: float | None = None
         self._windows_left = 0
         self._asked = self._ahead = self._squares = 0.0
@@ -45,39 +46,45 @@ class LruGuard:
     def request(self, hashes: Sequence[bytes], present: int, now: float) -> None:
         """A request named this chain, of which the leading `present` blocks were there."""
         self._turn(now)
-        shadow, mask = self._shadow, self._mask
-        followed: Sequence[int] = range(len(hashes))
-        if mask:
-            followed = [at for at in followed if not at or not crc32(hashes[at]) & mask]
-        asked = ahead = 0
-        for at in followed:
-            weight = mask + 1 if at else 1
-            asked += weight
-            ahead += weight * ((hashes[at] in shadow) - (at < present))
-        self._asked += asked
+        if not hashes:
+            return
+        shadow, weight = self._shadow, self._mask + 1
+        root, here, gone = hashes[0], self._followed(hashes[1:present]), self._followed(hashes[max(1, present) :])
+        ahead = weight * (sum(map(shadow.__contains__, here)) - len(here) + sum(map(shadow.__contains__, gone)))
+        ahead += (root in shadow) - (present > 0)
+        self._asked += weight * (len(here) + len(gone)) + 1
         self._ahead += ahead
         self._squares += ahead * ahead
-        for at in reversed(followed):
-            name, is_root = hashes[at], not at
-            before = shadow.pop(name, None)
-            if before is None:
-                self._held += 1 if is_root else mask + 1
-            shadow[name] = is_root if before is None else before
-        if self.capacity_blocks:
-            while self._held > self.capacity_blocks and shadow:
-                self._held -= 1 if shadow.pop(next(iter(shadow))) else mask + 1
-        while len(shadow) > SHADOW_MAX:
+        names = [*reversed(gone), *reversed(here)]
+        self._roots -= sum(map(shadow.pop, names, repeat(False)))
+        shadow.update(dict.fromkeys(names, False))
+        self._roots += not shadow.pop(root, False)
+        shadow[root] = True
+        self._shrink()
+
+    def _followed(self, names: Sequence[bytes]) -> Sequence[bytes]:
+        mask = self._mask
+        return [name for name in names if not crc32(name) & mask] if mask else names
+
+    def _shrink(self) -> None:
+        """Down to what the watched policy holds, and to what may be followed at most."""
+        shadow = self._shadow
+        while self.capacity_blocks and self._held > self.capacity_blocks:
+            self._roots -= shadow.pop(next(iter(shadow)))
+        while len(self._shadow) > SHADOW_MAX:
             self._halve()
-            shadow = self._shadow
+
+    @property
+    def _held(self) -> int:
+        return self._roots + (len(self._shadow) - self._roots) * (self._mask + 1)
 
     def _halve(self) -> None:
-        """Follow half as many blocks; what is left of them are as many roots at most."""
+        """Follow half as many blocks; when it is roots that are too many, the oldest go."""
         mask = self._mask = min(_MASK_MAX, self._mask * 2 + 1)
         kept = {name: is_root for name, is_root in self._shadow.items() if is_root or not crc32(name) & mask}
         while len(kept) > SHADOW_MAX and mask == _MASK_MAX:
             del kept[next(iter(kept))]
-        roots = sum(kept.values())
-        self._shadow, self._held = kept, roots + (len(kept) - roots) * (mask + 1)
+        self._shadow, self._roots = kept, sum(kept.values())
 
     def _turn(self, now: float) -> None:
         """Judge the window that has ended, and begin another."""

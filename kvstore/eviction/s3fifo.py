@@ -1,7 +1,7 @@
 """S3-FIFO: a small queue for what is new, a main one for what was asked for again, ghosts of what left the small one.
 
-Source: Yang et al., "FIFO queues are all you need for cache eviction", SOSP'23; small queue 10 %, ghosts as many as there
-are blocks. A reference for replays.
+Source: Yang et al., "FIFO queues are all you need for cache eviction", SOSP'23; small queue 10 %, as many ghosts as
+there are blocks. A reference for replays.
 """
 
 from __future__ import annotations
