@@ -28,7 +28,7 @@ MOVED_ELSEWHERE = (
     "restored_blocks",
     "restored_dropped_blocks",
 )
-"""Zero without one; `test_movement` moves them, and `test_store_traces` the first."""
+"""Zero without one; `test_movement` moves them, and `test_store_bypass` the first."""
 
 
 def test_stats_are_a_picture_of_one_instant() -> None:
