@@ -252,7 +252,13 @@ class Movement:
         transfer.leases.add(lease.lease_id)
         lease.transfers.add(transfer.transfer_id)
         if self._waiting.pop(transfer.transfer_id, None) is not None:
-            self._effects.transfers.append(transfer)
+            self._ask(transfer)
+
+    def _ask(self, transfer: Transfer) -> None:
+        """The drives are to move it now."""
+        self._effects.transfers.append(transfer)
+        if self.link is not None and transfer.direction == Direction.LOAD:
+            self.link.begin(self._payload(transfer))
 
     def _start_load(self, batch: _Batch, leases: Sequence[Lease], now: float, *, kept: bool) -> None:
         """`kept`: it goes on whoever waits for it."""
@@ -260,8 +266,6 @@ class Movement:
             return
         transfer = self._begin(Direction.LOAD, batch, now, waits=not leases)
         transfer.kept = kept
-        if self.link is not None:
-            self.link.begin(self._payload(transfer))
         for lease in leases:
             self._join(transfer, lease)
         for row in transfer.rows:
@@ -275,7 +279,7 @@ class Movement:
             transfer_id, transfer = self._waiting.popitem(last=False)
             self._ahead[transfer_id] = self._payload(transfer)
             self._ahead_bytes += self._ahead[transfer_id]
-            self._effects.transfers.append(transfer)
+            self._ask(transfer)
 
     def advance(self, lease: Lease) -> bool:
         """Count the leading blocks that have landed; True when there are more than before."""
@@ -539,23 +543,28 @@ class Movement:
         transfer = self._transfers.pop(transfer_id, None)
         if transfer is None:
             return
-        self._waiting.pop(transfer_id, None)
+        asked = self._waiting.pop(transfer_id, None) is None
         self._ahead_bytes -= self._ahead.pop(transfer_id, 0)
         self._ask_ahead()
         if transfer.direction == Direction.LOAD:
+            if self.link is not None and asked:
+                self._measure(self.link, transfer, verdicts, now)
             self._loaded(transfer, verdicts, checksums, now)
         else:
             self._written(transfer, verdicts, checksums, now)
+
+    def _measure(self, link: Link, transfer: Transfer, verdicts: Sequence[int], now: float) -> None:
+        """What was not moved whole says nothing of the link."""
+        if any(verdict != Verdict.OK for verdict in verdicts):
+            link.cancel(self._payload(transfer))
+        else:
+            link.done(self._payload(transfer), transfer.started_s, now)
 
     def _loaded(self, transfer: Transfer, verdicts: Sequence[int], checksums: Sequence[int], now: float) -> None:
         shard, group = transfer.shard, transfer.shard.group
         for row in transfer.rows:
             del self._loading[shard.ns, row]
         self._prefetching_bytes -= self._payload(transfer) if transfer.kept else 0
-        if self.link is not None and any(verdict == Verdict.CANCELLED for verdict in verdicts):
-            self.link.cancel(self._payload(transfer))
-        elif self.link is not None:
-            self.link.done(self._payload(transfer), transfer.started_s, now)
         good = [i for i, verdict in enumerate(verdicts) if verdict == Verdict.OK]
         failed = [i for i, verdict in enumerate(verdicts) if verdict != Verdict.OK]
         if transfer.cancelled and (transfer.leases or transfer.kept):
@@ -683,7 +692,7 @@ class Movement:
         if waits:
             self._waiting[self._last_id] = transfer
         else:
-            self._effects.transfers.append(transfer)
+            self._ask(transfer)
         return transfer
 
     @property

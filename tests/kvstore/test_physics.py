@@ -218,3 +218,16 @@ def test_a_load_that_is_cancelled_measures_nothing() -> None:
     world.finish_all(Verdict.CANCELLED)
     link = world.store.physics.links[NVME]
     assert (link.queued_bytes, link.bytes_per_s(BLOCK_BYTES)) == (0, before)
+
+
+def test_prefetches_that_the_drive_was_not_asked_for_yet_are_not_queued_before_leases() -> None:
+    world = TwoTiers(slabs=8, nvme={"chunk_bytes": BLOCK_BYTES, "ahead_bytes": BLOCK_BYTES})
+    names = chain("a", 8)
+    world.store_on_drive(names)
+    link = world.store.physics.links[NVME]
+    world.store.prefetch(world.session, world.ns, names, world.now)
+    assert link.queued_bytes == BLOCK_BYTES
+    world.acquire(names[:4])
+    assert link.queued_bytes == 4 * BLOCK_BYTES
+    world.finish_all()
+    assert link.queued_bytes == 0
