@@ -166,7 +166,7 @@ class NvmeConfig:
     queue_depth: int = setting(
         "integer", 8, "requests",
         "Reads, and again writes, under way at each drive at one time; more may be faster on large drives and makes "
-        "each read wait longer behind the others. Of reads no more are begun while 8 MiB are under way.",
+        "each read wait longer behind the others.",
         low=1, high=256,
     )  # fmt: skip
     io_nice: int = setting(

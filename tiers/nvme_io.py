@@ -3,10 +3,8 @@
 Threads and preadv rather than an asynchronous interface: it needs nothing of the kernel that a container may forbid,
 and from 256 KiB on it is as fast. Each direction has its own threads, half as many again as its queue depth, so that as
 many calls as that are at the drive while other threads are hashing; who has read a call hashes it, on the core that has
-it in its cache. No more than LOADING_BYTES_MAX are being read at one time: more keeps no drive busier, and one that
-serves its calls side by side ends all of them later, the first in line too. Loads go first: while one waits, at most
-one write is under way, so that stores go on but never in a load's way. What a job has in adjacent slots is one call,
-header pages and payloads interleaved.
+it in its cache. Loads go first: while one waits, at most one write is under way, so that stores go on but never in a
+load's way. What a job has in adjacent slots is one call, header pages and payloads interleaved.
 
 The interpreter lock is the scarce good here, so a thread's own work on a block is one unpacking, one comparison and two
 hashes, and hashing and I/O run without it. The daemon runs this in a process of its own (nvme_io_child.py), so that the
@@ -37,8 +35,6 @@ CALL_BYTES_MAX = 2 << 20
 """What one call moves at most, unless a single block is larger."""
 CALL_BLOCKS_MAX = 120
 """Two buffers a block: virtio and many controllers take no more than about 254 pieces a request."""
-LOADING_BYTES_MAX = 4 * CALL_BYTES_MAX
-"""Being read from a drive at one time; the last call may go beyond. Ten times what 7 GB/s and 0.1 ms ask for."""
 
 _FAILURES_MAX = 3
 _DOWN_MAX_S = 60.0
@@ -199,11 +195,6 @@ class HeaderPages:
         self.pages = [whole[at : at + PAGE] for at in range(0, len(whole), PAGE)]
 
 
-def _load_bytes(call: Call) -> int:
-    part, _, run = call
-    return len(run) * slot_stride(part.work.job.slot_bytes)
-
-
 class CallQueue:
     """Calls that have not begun, first come first served. A job's are taken out without a look at all the others.
 
@@ -279,7 +270,6 @@ class DriveIo:
         self._loads = CallQueue()
         self._writes = CallQueue()
         self._loading = 0
-        self._loading_bytes = 0
         self._checking = 0
         self._storing = 0
         self._closed = False
@@ -402,24 +392,19 @@ class DriveIo:
     def _take_load(self) -> Call:
         call = self._loads.take()
         self._loading += 1
-        self._loading_bytes += _load_bytes(call)
-        if self._may_load():
-            self._load_ready.notify()
         if not self._loads and self._writes:
             self._write_ready.notify(len(self._writes))
         return call
 
     def _may_load(self) -> bool:
-        has_room = self._loading < self._queue_depth and self._loading_bytes < LOADING_BYTES_MAX
-        return bool(self._loads) and has_room
+        return bool(self._loads) and self._loading < self._queue_depth
 
-    def _let_next_load(self, done: Call) -> None:
+    def _let_next_load(self) -> None:
         """The drive has one call less to do, while its thread goes on to check what came."""
         with self._lock:
             self._loading -= 1
-            self._loading_bytes -= _load_bytes(done)
             self._checking += 1
-            if self._may_load():
+            if self._loads:
                 self._load_ready.notify()
 
     def _load(self, call: Call, pages: list[memoryview], meter: Meter) -> None:
@@ -429,7 +414,7 @@ class DriveIo:
         try:
             whole = self._read(offset, [job.views[blocks[at]] for at in run], pages, meter)
         finally:
-            self._let_next_load(call)
+            self._let_next_load()
         again = [index for index, at in enumerate(run) if not whole or not self._check(part, at, pages[index])]
         for index in again:
             block = blocks[run[index]]

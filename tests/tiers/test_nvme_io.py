@@ -20,7 +20,6 @@ from tests.tiers.nvme_rig import (
     filled,
 )
 
-from forebay.tiers import nvme_io
 from forebay.tiers.nvme_drive import DATA_NAME
 from forebay.tiers.nvme_format import PAGE, slot_offset
 from forebay.tiers.nvme_io import (
@@ -367,23 +366,6 @@ def test_depth_bounds_the_calls_under_way(narrow: Rig) -> None:
     narrow.files.gate.set()
     for job in jobs:
         assert narrow.wait(job) == [OK]
-
-
-def test_bytes_bound_the_calls_under_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A call is made while less than the bound is being read."""
-    monkeypatch.setattr(nvme_io, "LOADING_BYTES_MAX", 2 * STRIDE)
-    rig = filled(tmp_path / "drive", 10, queue_depth=8)
-    rig.files.gate.clear()
-    jobs = [rig.load_job([number]) for number in (0, 2, 4, 6)]
-    for job in jobs:
-        rig.tier.load(job)
-    held(rig, 2)
-    drive = rig.tier.detail().drives[0]
-    assert (drive.loading, drive.queued_load_blocks) == (2, 2)
-    rig.files.gate.set()
-    for job in jobs:
-        assert rig.wait(job) == [OK]
-    rig.close()
 
 
 def test_unforeseen_error_at_the_start_of_io_costs_its_job(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
