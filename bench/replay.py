@@ -19,10 +19,13 @@ from pathlib import Path
 from forebay.bench.replay_plot import CannotPlot, check_plot, plot
 from forebay.bench.replay_policies import NAMES, policy_maker
 from forebay.bench.replay_run import Result, replay
-from forebay.bench.shapes import SHAPES, Shape
 from forebay.bench.trace import BadTrace, Trace, read_trace
+from forebay.kvstore.shapes import SHAPES, ModelShape
 
 SWEEP = "1%,2%,5%,10%,20%,50%"
+GPU_FLOPS = 989e12 / 2
+"""A second, of a prefill: half of the peak of an H100 in bf16. An assumption."""
+
 JSON_KEYS = (
     "trace", "policy", "capacity_percent", "capacity_blocks", "token_hit_percent", "flops_saved_percent",
     "nvme_writes_per_new_block", "occupancy_mean", "evictions",
@@ -53,7 +56,7 @@ class Job:
     policy: str
     host: Size
     nvme: Size | None
-    shape: Shape
+    shape: ModelShape
     block_tokens: int
     warm_up: float = 0.0
 
@@ -84,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if parsed.json:
         print(json.dumps([{key: getattr(result, key) for key in JSON_KEYS} for result in results], indent=1))
     else:
-        print(table(results, parsed.price_per_gpu_hour, SHAPES[parsed.model]))
+        print(table(results, parsed.price_per_gpu_hour))
     return 0
 
 
@@ -128,7 +131,7 @@ def _trace(path: Path) -> Trace:
 def run_one(job: Job) -> Result:
     """Raises BadTrace, OSError."""
     trace = _trace(job.trace)
-    block_bytes = job.shape.kv_bytes_per_token * job.block_tokens
+    block_bytes = job.shape.kv_token_bytes * job.block_tokens
     return replay(
         trace,
         job.policy,
@@ -141,7 +144,7 @@ def run_one(job: Job) -> Result:
     )
 
 
-def table(results: Sequence[Result], price_per_gpu_hour: float, shape: Shape) -> str:
+def table(results: Sequence[Result], price_per_gpu_hour: float) -> str:
     """One line a run. GPU hours are those that hits made needless, at half of the peak of an H100."""
     head = (
         f"{'trace':14} {'policy':11} {'capacity':>8} {'blocks':>8} {'token hit':>9} {'FLOPs saved':>11} "
@@ -150,7 +153,7 @@ def table(results: Sequence[Result], price_per_gpu_hour: float, shape: Shape) ->
     )
     lines = [head + (f" {'$ saved':>9}" if price_per_gpu_hour else "")]
     for each in results:
-        hours = each.flops_saved / shape.gpu_flops_per_s / 3600
+        hours = each.flops_saved / GPU_FLOPS / 3600
         reasons = " ".join(f"{each.evictions[name]:9}" for name in ("lost", "unwritten", "demoted", "bypassed"))
         lines.append(
             f"{each.trace[:14]:14} {each.policy:11} {each.capacity_percent:7.2f}% {each.capacity_blocks:8} "
@@ -188,7 +191,10 @@ def _parser() -> argparse.ArgumentParser:
     sizes.add_argument("--host", type=_size, metavar="SIZE", help="one size of the host tier instead")
     parser.add_argument("--nvme", type=_size, metavar="SIZE", help="an nvme tier below it")
     parser.add_argument(
-        "--model", choices=sorted(SHAPES), default="70b", help="its shape turns bytes into blocks and tokens into work"
+        "--model",
+        choices=sorted(SHAPES),
+        default="llama-3-70b",
+        help="its shape turns bytes into blocks and tokens into work",
     )
     parser.add_argument("--block-tokens", type=_whole, default=512, metavar="N", help="in a block of the trace (512)")
     parser.add_argument(

@@ -11,12 +11,12 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from forebay.bench.shapes import Shape
 from forebay.bench.trace import Trace
 from forebay.kvstore.eviction.policies import PolicyMaker
 from forebay.kvstore.groups import Direction
 from forebay.kvstore.movement import PAGE_BYTES, NvmeConfig, Verdict
 from forebay.kvstore.namespace import NamespaceSpec
+from forebay.kvstore.shapes import ModelShape
 from forebay.kvstore.slabs import RESIDENT
 from forebay.kvstore.store import Store, StoreConfig
 
@@ -105,7 +105,7 @@ def replay(
     host_blocks: int,
     *,
     nvme_blocks: int = 0,
-    shape: Shape,
+    shape: ModelShape,
     block_tokens: int = 512,
     warm_up: float = 0.0,
 ) -> Result:

@@ -9,8 +9,8 @@ import pytest
 
 from forebay.bench.replay_policies import NAMES, policy_maker
 from forebay.bench.replay_run import Result, replay
-from forebay.bench.shapes import SHAPES
 from forebay.bench.trace import Request, Trace, read_trace
+from forebay.kvstore.shapes import SHAPES
 
 TRACES = Path(__file__).resolve().parents[2] / ".." / "shared" / "traces"
 
@@ -25,7 +25,7 @@ def trace_of(*chains: str) -> Trace:
 
 
 def run(trace: Trace, policy: str, blocks: int, nvme_blocks: int = 0, warm_up: float = 0.0) -> Result:
-    shape = SHAPES["70b"]
+    shape = SHAPES["llama-3-70b"]
     maker = policy_maker(policy, trace, shape)
     return replay(trace, policy, maker, blocks, nvme_blocks=nvme_blocks, shape=shape, warm_up=warm_up)
 

@@ -98,3 +98,9 @@ def test_element_bytes_nested_text_and_windows_are_read() -> None:
 def test_a_configuration_that_describes_no_model_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(BadRequest, match="must be a whole number"):
         from_config("x", wrong)
+
+
+def test_attention_makes_a_prompt_of_twice_the_length_more_than_twice_as_dear() -> None:
+    shape = SHAPES["llama-3-8b"]
+    assert shape.prefill_flops(2000) > 2 * shape.prefill_flops(1000)
+    assert shape.prefill_flops(0) == 0
