@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,7 @@ TURNS = 7
 TIMEOUT_S = 30.0
 MATMUL_SIZE = 8192
 MATMULS = 150
+MATMUL_TURNS = 7
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +74,9 @@ REGISTRATION_NAMES = ("gpu_register_gb_per_s", "gpu_register_first_touch_gb_per_
 DUPLEX_NAMES = ("gpu_duplex_ratio",)
 KERNEL_NAMES = ("gpu_gather_ratio", "gpu_scatter_ratio")
 CHECKSUM_NAMES = tuple(f"gpu_checksum_{s.value}_{d.value}_slowdown" for s in CHECKSUM_STRATEGIES for d in Direction)
-MATMUL_NAMES = tuple(f"gpu_matmul_{s.value}_{d.value}_slowdown" for d in Direction for s in Strategy)
+MATMUL_NAMES = tuple(
+    f"gpu_matmul_{how}_{d.value}_slowdown" for d in Direction for how in ("plain", *(s.value for s in Strategy))
+)
 LMCACHE_NAMES = tuple(f"gpu_lmcache_{d.value}_{shape.name}_ratio" for shape in (LLAMA, MLA) for d in Direction)
 CLIENT_NAMES = ("gpu_client_fetch_ratio", "gpu_client_fetch_verified_ratio", "gpu_client_store_ratio")
 NAMES = (
@@ -299,7 +303,11 @@ def checksums(made: Rig) -> Iterator[Figure]:
 
 
 def beside(made: Rig) -> Iterator[Figure]:
-    """A matmul loop beside a continuous load or store, by strategy."""
+    """A matmul loop beside a continuous load or store, by strategy, and beside one plain copy after the other.
+
+    Each is compared with the same loop alone just before and just after it: a GPU at its power limit changes its clock
+    within seconds, by more than is measured here.
+    """
     import torch
 
     sides = [torch.randn((MATMUL_SIZE, MATMUL_SIZE), dtype=torch.bfloat16, device="cuda") for _ in range(2)]
@@ -315,33 +323,47 @@ def beside(made: Rig) -> Iterator[Figure]:
         end.synchronize()
         return float(begin.elapsed_time(end)) / 1e3
 
-    def beside_moving(direction: Direction, strategy: Strategy) -> Action:
-        def action() -> float:
-            stop, moved = threading.Event(), [0]
+    def slowdown(name: str, move: Action) -> Figure:
+        slower, rates = [], []
+        before = matmuls()
+        for _ in range(MATMUL_TURNS):
+            with continuously(move) as moves:
+                began, first = time.perf_counter(), len(moves)
+                seconds = matmuls()
+                rates.append((len(moves) - first) * made.bytes / (time.perf_counter() - began) / 1e9)
+            after = matmuls()
+            slower.append(2 * seconds / (before + after) - 1)
+            before = after
+        spread = f"{100 * min(slower):.1f} to {100 * max(slower):.1f} %"
+        note = f"{spread} over {MATMUL_TURNS} turns; meanwhile about {median(rates):.0f} GB/s moved"
+        return Figure(name, median(slower), "share", note=note)
 
-            def work() -> None:
-                while not stop.is_set():
-                    made.begin(direction, strategy).wait(TIMEOUT_S)
-                    moved[0] += made.bytes
+    for _ in range(MATMUL_TURNS):
+        matmuls()  # until clock and power have settled
+    for direction in Direction:
+        yield slowdown(f"gpu_matmul_plain_{direction.value}_slowdown", made.plain(direction))
+        for strategy in Strategy:
+            name = f"gpu_matmul_{strategy.value}_{direction.value}_slowdown"
+            yield slowdown(name, made.moving(direction, strategy))
 
-            thread = threading.Thread(target=work)
-            thread.start()
-            time_before = time.perf_counter()
-            seconds = matmuls()
-            rates.setdefault((direction, strategy), []).append(moved[0] / (time.perf_counter() - time_before) / 1e9)
+
+@contextmanager
+def continuously(move: Action) -> Iterator[list[float]]:
+    """Move in another thread, again and again; the list grows by the seconds of each. Raises what a move raises."""
+    stop = threading.Event()
+    moves: list[float] = []
+
+    def work() -> None:
+        while not stop.is_set():
+            moves.append(move())
+
+    with ThreadPoolExecutor(1) as thread:
+        moving = thread.submit(work)
+        try:
+            yield moves
+        finally:
             stop.set()
-            thread.join(TIMEOUT_S)
-            return seconds
-
-        return action
-
-    rates: dict[tuple[Direction, Strategy], list[float]] = {}
-    cases = [(direction, strategy) for direction in Direction for strategy in Strategy]
-    alone, *series = in_turns(matmuls, *(beside_moving(*case) for case in cases), turns=5)
-    for (direction, strategy), seconds in zip(cases, series, strict=True):
-        slower = median(s / a for s, a in zip(seconds, alone, strict=True)) - 1
-        note = f"meanwhile about {median(rates[direction, strategy]):.0f} GB/s moved"
-        yield Figure(f"gpu_matmul_{strategy.value}_{direction.value}_slowdown", slower, "share", note=note)
+            moving.result(TIMEOUT_S)
 
 
 def registration(made: Rig) -> Iterator[Figure]:

@@ -2,7 +2,7 @@
 
 Run as a module, in a process of its own: it looks at the GPU through the client's side, which the daemon never loads.
 Every finding is a line: a name, what was found, and ``!`` in front where it costs speed or forbids the GPU path. The
-exit code is 0 if blocks of a GPU can be moved, else 1.
+exit code is 0 if blocks of a GPU can be moved, else 1. ``--tune`` first measures which way of moving is the fastest.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from forebay.transports.dma import Tuning
+from forebay.transports.dma import DmaEngine, Tuning, tuning
 from forebay.transports.paths import cache_directory
 
 TUNING_FILES = "dma-tuning-*.json"
@@ -30,6 +30,9 @@ MEMLOCK_BYTES_MIN = 1 << 30
 
 _THP = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
 _MEMINFO = Path("/proc/meminfo")
+_PCI_DEVICES = Path("/sys/bus/pci/devices")
+
+CLOSE_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +44,13 @@ class Finding:
     good: bool = True
 
 
-def findings(cache: Path) -> tuple[list[Finding], bool]:
-    """All there is to say, and whether blocks of a GPU can be moved."""
-    found = [*_cupy(), *_gpus(cache)]
+def findings(cache: Path, *, tune: bool = False) -> tuple[list[Finding], bool]:
+    """All there is to say, and whether blocks of a GPU can be moved.
+
+    Args:
+        tune: measure each GPU anew: seconds in which its link is busy.
+    """
+    found = [*_cupy(), *_gpus(cache, tune)]
     usable = all(finding.good for finding in found)
     found += [_batched_copy(), _memlock(), *_huge_pages(), _kernel_cache(cache), *_tuning(cache)]
     return found, usable
@@ -64,7 +71,7 @@ def _cupy() -> Iterator[Finding]:
     yield _asked("runtime", lambda: f"CUDA {_version(cupy.cuda.runtime.runtimeGetVersion())}")
 
 
-def _gpus(cache: Path) -> Iterator[Finding]:
+def _gpus(cache: Path, tune: bool) -> Iterator[Finding]:
     """Each GPU, and whether the kernels load on it."""
     try:
         import cupy
@@ -76,6 +83,8 @@ def _gpus(cache: Path) -> Iterator[Finding]:
     yield Finding("GPUs", str(count), good=count > 0)
     for index in range(count):
         yield _asked(f"GPU {index}", lambda index=index: _gpu(index, cache))  # type: ignore[misc]
+        if tune:
+            yield _asked(f"GPU {index} measured", lambda index=index: _tuned(index, cache))  # type: ignore[misc]
 
 
 def _gpu(index: int, cache: Path) -> str:
@@ -89,7 +98,30 @@ def _gpu(index: int, cache: Path) -> str:
     seconds = time.monotonic() - began
     architecture = f"sm_{properties['major']}{properties['minor']}"
     size = _size(int(properties["totalGlobalMem"]))
-    return f"{device.name}, {architecture}, {size}, kernels loaded in {seconds:.2f} s"
+    node = _numa_node(cupy.cuda.runtime.deviceGetPCIBusId(index))
+    return f"{device.name}, {architecture}, {size}, {node}, kernels loaded in {seconds:.2f} s"
+
+
+def _numa_node(bus_id: str) -> str:
+    """Where slabs are best for this GPU: the daemon's ``host.numa_node``."""
+    try:
+        node = int((_PCI_DEVICES / bus_id.lower() / "numa_node").read_text())
+    except (OSError, ValueError):
+        node = -1
+    return f"NUMA node {node}" if node >= 0 else "NUMA node unknown"
+
+
+def _tuned(index: int, cache: Path) -> str:
+    from forebay.transports.dma.cuda_device import CudaDevice
+
+    device = CudaDevice(index, cache)
+    engine = DmaEngine(device)
+    began = time.monotonic()
+    try:
+        path = tuning.save(tuning.measure(engine, device, device.key), cache)
+    finally:
+        engine.close(CLOSE_S)
+    return f"in {time.monotonic() - began:.1f} s, kept in {path.name}; clients use it from their next start on"
 
 
 def _asked(name: str, ask: Callable[[], str]) -> Finding:
@@ -141,12 +173,13 @@ def _tuning(cache: Path) -> Iterator[Finding]:
         yield Finding("tuning", "nothing measured: strategies are chosen by rule")
     for path in files:
         try:
-            tuning = Tuning.of_document(json.loads(path.read_text("utf-8")))
+            measured = Tuning.of_document(json.loads(path.read_text("utf-8")))
         except (OSError, ValueError) as error:
             yield Finding("tuning", f"{path.name} cannot be used: {error}", good=False)
             continue
-        yield Finding("tuning", f"{tuning.device}, measured {time.strftime('%Y-%m-%d', time.gmtime(tuning.measured))}")
-        for row in tuning.rows:
+        date = time.strftime("%Y-%m-%d", time.gmtime(measured.measured))
+        yield Finding("tuning", f"{measured.device}, measured {date}")
+        for row in measured.rows:
             moved = f"{row.direction.value} of {_size(row.moved_bytes)} in segments of {_size(row.segment_bytes)}"
             rates = ", ".join(f"{name} {rate / 1e9:.1f}" for name, rate in row.rates.items())
             yield Finding(f"  {moved}", f"{row.best.value} ({rates} GB/s)")
@@ -167,8 +200,9 @@ def _size(count: int) -> str:
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="forebay doctor", description="What this machine has for blocks of a GPU.")
     parser.add_argument("--json", action="store_true", help="one JSON object")
+    parser.add_argument("--tune", action="store_true", help="measure each GPU's link anew (seconds), and keep it")
     parsed = parser.parse_args(arguments)
-    found, usable = findings(cache_directory())
+    found, usable = findings(cache_directory(), tune=parsed.tune)
     if parsed.json:
         document: dict[str, Any] = {"usable": usable, "findings": [asdict(finding) for finding in found]}
         print(json.dumps(document))

@@ -13,10 +13,9 @@ from typing import Any
 from forebay.kernels.layout import Table
 from forebay.kernels.nvrtc import cached_kernels
 
-_THREADS = 256
-_WARPS = _THREADS // 32
+_THREADS = {"gather": 256, "scatter": 512, "read": 512}  # of a CTA
+_THREADS_PER_SM = 1024
 _TILE_BYTES = {16: 4096, 4: 1024, 1: 1024}  # what a warp copies at a time, by width
-_CTAS_PER_SM = 4
 _FINISH_THREADS = 32
 _FINISH_BLOCKS = _FINISH_THREADS // 8
 
@@ -121,11 +120,12 @@ class CudaKernels:
         if not blocks:
             return
         tiles = -(-table.layout.block_bytes // _TILE_BYTES[width]) * blocks
-        most = min(multiprocessors, self.multiprocessors) or self.multiprocessors * _CTAS_PER_SM
-        grid = min(most, -(-tiles // _WARPS))
+        threads = _THREADS[name]
+        most = min(multiprocessors, self.multiprocessors) or self.multiprocessors * _THREADS_PER_SM // threads
+        grid = min(most, -(-tiles // (threads // 32)))
         places = (_u64(block_ids), _u64(slots), _u32(blocks), _u64(sums))
         suffix = "_xxh3" if sums else ""
-        self._start(f"{name}_{width}{suffix}", grid, _THREADS, (*_layout(table), *places), stream)
+        self._start(f"{name}_{width}{suffix}", grid, threads, (*_layout(table), *places), stream)
 
     def _start(self, name: str, grid: int, threads: int, arguments: tuple[Any, ...], stream: int) -> None:
         function = self._functions.get(name)

@@ -7,8 +7,9 @@
 #define LAYOUT \
   forebay::Layout { bases, strides, offsets, segments, segment_bytes, block_bytes }
 
+// What reads mapped host memory needs more warps to cover the link's latency than what writes it.
 #define COPY(name, direction, width, sums_too)                                                                \
-  extern "C" __global__ void __launch_bounds__(256)                                                           \
+  extern "C" __global__ void __launch_bounds__(forebay::direction == forebay::GATHER ? 256 : 512, 1)          \
       name(TABLE, const forebay::u64* block_ids, const forebay::u64* slots, forebay::u32 blocks,              \
            forebay::u64* sums) {                                                                              \
     const forebay::Layout layout = LAYOUT;                                                                    \

@@ -14,8 +14,10 @@ from typing import Any
 import pytest
 
 from forebay.client import doctor
-from forebay.transports.dma import Direction, Tuning, tuning
+from forebay.transports.dma import Direction, DmaEngine, Tuning, tuning
+from forebay.transports.dma.device import Device
 from forebay.transports.dma.tuning import Row
+from support.late_device import LateDevice
 
 
 def cupy_of(gpus: int) -> ModuleType:
@@ -29,6 +31,7 @@ def cupy_of(gpus: int) -> ModuleType:
             runtimeGetVersion=lambda: 13000,
             getDeviceCount=lambda: gpus,
             getDeviceProperties=lambda index: {"major": 9, "minor": 0, "totalGlobalMem": 80 << 30},
+            deviceGetPCIBusId=lambda index: f"0000:0{index}:0A.0",
         ),
     )
     return module
@@ -43,6 +46,9 @@ def test_a_machine_with_gpus_is_told_whole(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(
         "forebay.transports.dma.cuda_device.CudaDevice", lambda index, cache: SimpleNamespace(name=f"card {index}")
     )
+    monkeypatch.setattr(doctor, "_PCI_DEVICES", tmp_path)
+    (tmp_path / "0000:01:0a.0").mkdir()
+    (tmp_path / "0000:01:0a.0" / "numa_node").write_text("1\n")
     (tmp_path / "0-sm_90.cubin").write_bytes(bytes(2048))
     row = Row(Direction.LOAD, 32 << 10, 8 << 20, {"dma": 20e9, "staged": 40e9})
     tuning.save(Tuning("card", 86400.0, (row,)), tmp_path)
@@ -51,7 +57,7 @@ def test_a_machine_with_gpus_is_told_whole(tmp_path: Path, monkeypatch: pytest.M
     assert usable
     assert (texts(found, "driver"), texts(found, "NVRTC"), texts(found, "GPUs")) == (["CUDA 13.1"], ["13.1"], ["2"])
     assert [texts(found, f"GPU {index}")[0].rpartition(" in ")[0] for index in range(2)] == [
-        f"card {index}, sm_90, 80.0 GiB, kernels loaded" for index in range(2)
+        f"card {index}, sm_90, 80.0 GiB, NUMA node {node}, kernels loaded" for index, node in enumerate(("unknown", 1))
     ]
     assert texts(found, "kernel cache") == [f"{tmp_path}: 1 compiled, 2.0 KiB"]
     measured, torn = texts(found, "tuning")
@@ -59,6 +65,30 @@ def test_a_machine_with_gpus_is_told_whole(tmp_path: Path, monkeypatch: pytest.M
     assert torn.startswith("dma-tuning-other.json cannot be used: ")
     rows = texts(found, "  load of 8.0 MiB in segments of 32.0 KiB")
     assert rows == ["staged (dma 20.0, staged 40.0 GB/s)"]
+
+
+def test_measuring_a_gpu_keeps_its_tuning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the device of host memory: what is kept is what an engine finds at its next start."""
+
+    def device(index: int, cache: Path) -> LateDevice:
+        late: Any = LateDevice(1)
+        late.name, late.key = "card", "card, driver 1"
+        return late
+
+    def measure(engine: DmaEngine, device: Device, name: str) -> Tuning:
+        return whole(engine, device, name, segment_bytes=(2 << 10,), moved_bytes=(64 << 10,))
+
+    whole = tuning.measure
+    monkeypatch.setitem(sys.modules, "cupy", cupy_of(1))
+    monkeypatch.setattr("forebay.transports.dma.cuda_device.CudaDevice", device)
+    monkeypatch.setattr(tuning, "measure", measure)
+    found, usable = doctor.findings(tmp_path, tune=True)
+    assert usable
+    assert texts(found, "GPU 0 measured")[0].startswith("in ")
+    kept = tuning.load(tmp_path, "card, driver 1")
+    assert kept is not None
+    assert [row.direction for row in kept.rows] == list(Direction)
+    assert texts(found, "tuning")[0].startswith("card, driver 1, measured ")
 
 
 def test_a_gpu_on_which_the_kernels_do_not_load_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

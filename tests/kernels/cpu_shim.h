@@ -16,7 +16,7 @@
 #define __host__
 #define __global__
 #define __constant__
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 
 struct Dim3 {
   unsigned x, y, z;

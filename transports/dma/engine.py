@@ -51,6 +51,9 @@ SMALL_CHUNK_BYTES = 4 << 20
 CHUNKS = 4
 """A transfer of less than some full chunks is cut into this many: its copies and kernels overlap as well."""
 
+MAPPED_STAGES = 2
+"""Mapped kernels run side by side, so that one fills the gaps of the other."""
+
 
 @dataclass(frozen=True, slots=True)
 class DmaOptions:
@@ -59,9 +62,12 @@ class DmaOptions:
     Attributes:
         chunk_bytes: moved at most by one step of the pipeline; at least one block. mapped_chunk_bytes: the same for
             MAPPED, which has no ring to fit into.
-        stages: chunks under way at once, a direction.
+        stages: chunks under way at once, a direction; of MAPPED `MAPPED_STAGES` at most.
         inflight_bytes: of one transfer, enqueued and not yet moved; more waits.
-        multiprocessors: that the kernels may use, a direction; the rest stays the inference engine's. 0: all.
+        multiprocessors: that STAGED's kernels may use, a direction, and those that only hash; the rest stays the
+            inference engine's. 0: all.
+        mapped_multiprocessors: the same of MAPPED, twice as many where checksums are made. As few as fill the link:
+            on an H200 16 of them moved nothing more, and slowed a matmul beside them by 18 % (loads), 102 % (stores).
         timeout_s: how long a transfer may wait for its turn, for those before it, and for each chunk beyond
             `inflight_bytes`.
     """
@@ -71,6 +77,7 @@ class DmaOptions:
     stages: int = 3
     inflight_bytes: int = 256 << 20
     multiprocessors: int = 16
+    mapped_multiprocessors: int = 2
     timeout_s: float = 30.0
 
 
@@ -374,21 +381,20 @@ class DmaEngine:
         pitch = _rounded(layout.block_bytes)
         most, per_chunk = self._chunks(job, pitch)
         self._grow(lane, job, most)
-        stages = [lane.stages[index % len(lane.stages)] for index in range(-(-count // per_chunk))]
+        side_by_side = lane.stages[:MAPPED_STAGES] if job.strategy is Strategy.MAPPED else lane.stages
+        stages = [side_by_side[index % len(side_by_side)] for index in range(-(-count // per_chunk))]
         ring, seen = np.zeros(0, np.int64), job.seen
         if job.strategy is Strategy.STAGED:
             places = np.arange(per_chunk, dtype=np.int64) * pitch
             bases = [stage.slots.address for stage in stages if stage.slots is not None]
             ring = seen = np.concatenate([base + places for base in bases])[:count]
-        used = stages[: len(lane.stages)]
+        used = stages[: len(side_by_side)]
         address, kept = self._opened(lane, job, used, (job.block_ids, seen, layout.packed()))
         hashes, results = self._results(count if job.checksums else 0)
         held = len(lane.holding)
         lane.holding.append((kept, hashes, results))
         table, width = Table(address + 16 * count, layout), min(layout.alignment, alignment_of(seen))
-        share = self._options.multiprocessors
-        if job.strategy is Strategy.MAPPED:  # its kernels run side by side, so that one fills the gaps of the others
-            share = -(-share // len(lane.stages))
+        share = self._multiprocessors(job)
         window: deque[tuple[Any, int]] = deque()
         for index, stage in enumerate(stages):
             first, last = index * per_chunk, min((index + 1) * per_chunk, count)
@@ -400,6 +406,14 @@ class DmaEngine:
         transfer = self._ended(lane, job, used, hashes, results, kept)
         del lane.holding[held:]
         return transfer
+
+    def _multiprocessors(self, job: _Job) -> int:
+        """How many one kernel may use; 0: all."""
+        options = self._options
+        if job.strategy is not Strategy.MAPPED:
+            return options.multiprocessors
+        both = options.mapped_multiprocessors * (2 if job.checksums else 1)
+        return -(-both // min(MAPPED_STAGES, options.stages))
 
     def _chunks(self, job: _Job, pitch: int) -> tuple[int, int]:
         """How many blocks a chunk has at most, and has in this job."""

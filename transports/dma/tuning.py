@@ -35,8 +35,8 @@ PREFERRED = {
 }
 """What is chosen from which share of the fastest strategy's rate on: first what takes least from the inference engine.
 
-A mapped kernel holds its multiprocessors for as long as the link takes. On an H200 it slowed a matmul beside it by 8 to
-20 % when it loaded and by 20 to 55 % when it stored, and a staged one by 2 to 9 %.
+A mapped kernel holds its multiprocessors for as long as the link takes: on an H200 it slowed a matmul beside it by 5 to
+7 %, a staged one by 2 to 3 %.
 """
 
 _SEGMENTS = 32
