@@ -144,36 +144,42 @@ class BlockIndex:
         """Take in shards that an earlier life of the daemon had put in these slots of a slower tier.
 
         Returns the row of each, NO_ROW for what is not taken in; and those rows of which the tier had no part before.
-        Most blocks come after their parents and are new: those are appended column by column, at a third of the cost.
+        Most blocks come right after their parents and are new: those are appended column by column, at a third of the
+        cost.
         """
         rows: list[int] = []
         fresh: list[int] = []
         complete, partial, hashes, depths = self.complete, self.partial, self.hashes, self.depths
         add_name, add_parent, add_depth = hashes.append, self.parents.append, depths.append
-        single, unused = self.shard_size == 1, self._unused
+        row_of, enter = complete.get, complete.setdefault
+        add_row, add_fresh = rows.append, fresh.append
         appended = array("q")
+        add_slot = appended.append
+        may_append = self.shard_size == 1 and not self._unused
+        row, last = len(hashes), b""
         for name, parent, depth, slot in found:
-            above = complete.get(parent, NO_ROW)
+            above = row - 1 if parent == last and last else row_of(parent, NO_ROW)
             if (
-                (depths[above] + 1 == depth if above >= 0 else not parent and not depth)
-                and name not in complete
+                may_append
+                and (depths[above] + 1 == depth if above >= 0 else not parent and not depth)
                 and name not in partial
-                and single
-                and not unused
+                and enter(name, row) == row
             ):
-                row = len(hashes)
                 add_name(name)
                 add_parent(above)
                 add_depth(depth)
-                appended.append(slot)
-                complete[name] = row
-                fresh.append(row)
+                add_slot(slot)
+                add_fresh(row)
+                add_row(row)
+                row += 1
+                last = name
             else:
                 self._extend(appended, tier)
-                row = self.adopt(name, parent, depth)
-                if row != NO_ROW and not self._settle(row, tier, rank, slot, fresh):
-                    row = NO_ROW
-            rows.append(row)
+                other = self.adopt(name, parent, depth)
+                if other != NO_ROW and not self._settle(other, tier, rank, slot, fresh):
+                    other = NO_ROW
+                add_row(other)
+                row, last = len(hashes), b""
         self._extend(appended, tier)
         return rows, fresh
 

@@ -9,6 +9,8 @@ the checks that every load makes anyway.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from itertools import groupby
+from operator import itemgetter
 from typing import Protocol
 
 from forebay.kvstore.errors import Corrupt, ForebayError
@@ -126,24 +128,30 @@ class Restoration:
     def blocks(self, found: Sequence[FoundBlock], now: float) -> None:
         """Blocks found in those slabs."""
         parts: dict[Shard, _Part] = {}
-        slabs = self._slabs
-        for physical, slot, name, parent, depth, generation in found:
-            known = slabs.get(physical)
+        for physical, of_slab in groupby(found, key=itemgetter(0)):
+            known = self._slabs.get(physical)
             if known is None:
                 continue
             shard, slab = known
             part = parts.get(shard)
             if part is None:
                 part = parts[shard] = _Part(shard)
-            if slot < part.slots and len(name) == part.width and (not parent or len(parent) == part.width):
-                if slab.states[slot] == QUARANTINED:  # else it was told twice: the first stays
-                    slab.states[slot] = RESERVED
-                    part.places.append((slab, slot, generation))
-                    part.blocks.append((name, parent, depth, slab.serial * part.slots + slot))
-            else:
-                self._drop(physical, slot)
+            self._mark(part, slab, of_slab)
         for part in parts.values():
             self._take_in(part, now)
+
+    def _mark(self, part: _Part, slab: Slab, found: Iterable[FoundBlock]) -> None:
+        """Note which slots of one slab hold blocks that may be taken in. Runs once a block: hence the local names."""
+        states, slots, width, first = slab.states, part.slots, part.width, slab.serial * part.slots
+        add_place, add_block = part.places.append, part.blocks.append
+        for _, slot, name, parent, depth, generation in found:
+            if slot < slots and len(name) == width and (not parent or len(parent) == width):
+                if states[slot] == QUARANTINED:  # else it was told twice: the first stays
+                    states[slot] = RESERVED
+                    add_place((slab, slot, generation))
+                    add_block((name, parent, depth, first + slot))
+            else:
+                self._drop(slab.physical, slot)
 
     def _take_in(self, part: _Part, now: float) -> None:
         shard, group = part.shard, part.shard.group

@@ -48,6 +48,8 @@ _U64 = struct.Struct("<Q")
 
 SLAB_KEY_BYTES = _U32_KEY.size
 """A slab's key, with which the keys of its slots begin."""
+RECORD_NAMES_AT = _RECORD.size
+"""Where in a block's record its hash begins; its parent's follows."""
 SLAB_RECORD_BYTES = _OWNER.size + _U64.size
 META_KEY = b"format"
 _EMPTY_PAGE = bytes(PAGE)

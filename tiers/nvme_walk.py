@@ -7,8 +7,8 @@ is in it. The daemon opens the copy, and the original only where the disk has no
 
     python -m forebay.tiers.nvme_walk INDEX COPY DRIVE_ID SLAB_BYTES SLABS
 
-writes frames to standard output: SLABS once, BLOCKS by ascending depth, END; or PROBLEM at any point. Exit status 0
-goes with END alone. Whatever else happens is a broken index to the parent.
+writes frames to standard output: SLABS once, BLOCKS with parents before their children, END; or PROBLEM at any point.
+Exit status 0 goes with END alone. Whatever else happens is a broken index to the parent.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import lmdb
 from forebay.kvstore.errors import Corrupt
 from forebay.tiers.nvme_format import (
     META_KEY,
+    RECORD_NAMES_AT,
     DriveHeader,
     check_meta,
     decode_slab_record,
@@ -46,7 +47,8 @@ INDEX_FILE = "data.mdb"
 
 @dataclass(slots=True)
 class Walked:
-    """A sound index. `buckets` has the keys and the values of all blocks, by depth and by the lengths of their hashes.
+    """A sound index. `buckets` has the keys and the values of all blocks, by their place in the order of telling
+    and by the lengths of their hashes: 0 for roots, 1 for what follows its parent in the next slot, else the depth.
 
     Bytes in a row instead of an object a record: an index has millions.
     """
@@ -88,9 +90,14 @@ def _walk_slabs(txn: lmdb.Transaction, database: Any, walked: Walked, header: Dr
 
 
 def _walk_slots(txn: lmdb.Transaction, database: Any, walked: Walked, room: _Room) -> None:
-    """Sort the blocks into buckets; what an earlier owner of a slab left behind is counted and passed over."""
+    """Sort the blocks into buckets; what an earlier owner of a slab left behind is counted and passed over.
+
+    A chain is mostly written into slots in a row. Told like that, in place of all chains depth by depth, its blocks
+    are neighbours in the daemon's memory too.
+    """
     buckets = walked.buckets
     slab, since, end, hash_bytes = b"", 0, b"", 0
+    last = b""  # hash of the block before, where that one is told among the first
     for key, value in _ordered(txn, database):
         head = record_head(key, value)
         if head is None:
@@ -103,7 +110,10 @@ def _walk_slots(txn: lmdb.Transaction, database: Any, walked: Walked, room: _Roo
         if generation < since or key >= end or hash_len != hash_bytes:
             walked.stale += 1
             continue
-        shape = depth, hash_len, parent_len
+        names = value[RECORD_NAMES_AT:-8]
+        order = 1 if parent_len and names[hash_len:] == last else depth
+        last = names[:hash_len] if order <= 1 else b""
+        shape = order, hash_len, parent_len
         if shape not in buckets:
             buckets[shape] = bytearray(), bytearray()
         keys, values = buckets[shape]
@@ -128,7 +138,7 @@ def _ordered(txn: lmdb.Transaction, database: Any) -> Iterator[tuple[bytes, byte
 
 
 def frames(walked: Walked) -> Iterator[bytes]:
-    """What to tell, parents before children; blocks of neighbouring depths share a frame when of one shape."""
+    """What to tell, parents before children; neighbours in that order share a frame when of one shape."""
     slabs = TOTALS.pack(walked.records, walked.stale) + b"".join(key + value for key, value in walked.slabs)
     yield FRAME.pack(SLABS, 0, 0, len(walked.slabs), len(slabs)) + slabs
     for hash_len in sorted({shape[1] for shape in walked.buckets}):
@@ -144,8 +154,11 @@ def _block_frames(walked: Walked, hash_len: int) -> Iterator[bytes]:
         if shape[2] != open_parent:
             yield from _cut(keys, values, hash_len, open_parent, 1)
             keys, values, open_parent = bytearray(), bytearray(), shape[2]
-        keys += more_keys
-        values += more_values
+        if keys:
+            keys += more_keys
+            values += more_values
+        else:
+            keys, values = more_keys, more_values
         yield from _cut(keys, values, hash_len, open_parent, FRAME_BLOCKS_MAX)
     yield from _cut(keys, values, hash_len, open_parent, 1)
 

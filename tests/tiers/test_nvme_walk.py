@@ -12,7 +12,7 @@ import pytest
 from tests.tiers.nvme_rig import OWNER, name
 
 from forebay.kvstore.errors import Corrupt
-from forebay.tiers.nvme_format import DriveHeader, encode_record, slot_key
+from forebay.tiers.nvme_format import DriveHeader, encode_record, slot_key, slot_place
 from forebay.tiers.nvme_index import Batch, Index
 from forebay.tiers.nvme_jobs import SlabOwner
 from forebay.tiers.nvme_walk import (
@@ -60,6 +60,30 @@ def test_empty_index_is_sound(tmp_path: Path) -> None:
 def test_frames_ascend_in_depth_and_share_what_has_one_shape(tmp_path: Path) -> None:
     fill(tmp_path / "index", [2, 0, 1, 0, 3]).close()
     assert kinds(tmp_path / "index")[1:-1] == [(BLOCKS, 32, 0, 2), (BLOCKS, 32, 32, 3)]
+
+
+def test_chains_in_a_row_are_told_so_and_the_rest_by_depth(tmp_path: Path) -> None:
+    """Slots: a chain of three but for its second block, another chain of three, then that second block and two more."""
+    chains = {each: [name(3 * at + depth) for depth in range(3)] for at, each in enumerate("abc")}
+    placed = [("a", 0), ("a", 2), ("b", 0), ("b", 1), ("b", 2), ("a", 1), ("c", 2), ("c", 1), ("c", 0)]
+    index = Index(tmp_path / "index", HEADER)
+    batch = Batch()
+    batch.set_slab(0, (OWNER, 1))
+    for slot, (chain, depth) in enumerate(placed):
+        key, parent = slot_key(0, slot), chains[chain][depth - 1] if depth else b""
+        batch.say(key, encode_record(key, chains[chain][depth], parent, depth, 1, 0))
+    index.apply(batch, whole=True)
+    index.close()
+    told = []
+    for frame in frames(walk_index(tmp_path / "index", HEADER)):
+        kind, _, _, count, _ = FRAME.unpack_from(frame)
+        if kind == BLOCKS:
+            told += [placed[slot_place(frame[FRAME.size + 8 * at :][:8])[1]] for at in range(count)]
+    assert told == [
+        *[("a", 0), ("b", 0), ("c", 0)],
+        *[("b", 1), ("b", 2), ("a", 1), ("c", 1)],
+        *[("a", 2), ("c", 2)],
+    ]
 
 
 def test_frames_are_bounded(tmp_path: Path) -> None:
