@@ -18,14 +18,12 @@ from pathlib import Path
 
 from forebay.bench.replay_plot import CannotPlot, check_plot, plot
 from forebay.bench.replay_policies import NAMES, policy_maker
-from forebay.bench.replay_run import Result, replay
+from forebay.bench.replay_run import GPU_FLOPS, Drive, Result, replay
 from forebay.bench.trace import BadTrace, Trace, read_trace
+from forebay.kvstore.admission import DAY_S, WriteTerms
 from forebay.kvstore.shapes import SHAPES, ModelShape
 
 SWEEP = "1%,2%,5%,10%,20%,50%"
-GPU_FLOPS = 989e12 / 2
-"""A second, of a prefill: half of the peak of an H100 in bf16. An assumption."""
-
 JSON_KEYS = (
     "trace", "policy", "capacity_percent", "capacity_blocks", "token_hit_percent", "flops_saved_percent",
     "nvme_writes_per_new_block", "occupancy_mean", "evictions",
@@ -59,14 +57,27 @@ class Job:
     shape: ModelShape
     block_tokens: int
     warm_up: float = 0.0
+    budget: Size | None = None
+    terms: WriteTerms | None = None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parsed = _parser().parse_args(arguments)
     nvme: Size | None = parsed.nvme
     sizes = [parsed.host] if parsed.host else parsed.capacity
+    terms = WriteTerms(parsed.write_chance / 100, parsed.price_per_tb_written / 1e12, parsed.price_per_gpu_hour / 3600)
     jobs = [
-        Job(path, policy, size, nvme, SHAPES[parsed.model], parsed.block_tokens, parsed.warm_up / 100)
+        Job(
+            path,
+            policy,
+            size,
+            nvme,
+            SHAPES[parsed.model],
+            parsed.block_tokens,
+            parsed.warm_up / 100,
+            parsed.write_budget,
+            terms,
+        )
         for path in parsed.traces
         for policy in parsed.policy
         for size in sizes
@@ -137,11 +148,18 @@ def run_one(job: Job) -> Result:
         job.policy,
         policy_maker(job.policy, trace, job.shape),
         job.host.blocks(trace, block_bytes),
-        nvme_blocks=job.nvme.blocks(trace, block_bytes) if job.nvme else 0,
+        drive=_drive(job, job.nvme, trace, block_bytes) if job.nvme else None,
         shape=job.shape,
         block_tokens=job.block_tokens,
         warm_up=job.warm_up,
     )
+
+
+def _drive(job: Job, size: Size, trace: Trace, block_bytes: int) -> Drive:
+    per_day = float(job.budget.blocks(trace, block_bytes)) if job.budget else 0.0
+    if job.budget and job.budget.percent:
+        per_day *= DAY_S / max(1.0, trace.requests[-1].now_s - trace.requests[0].now_s)
+    return Drive(size.blocks(trace, block_bytes), per_day, job.terms, block_bytes)
 
 
 def table(results: Sequence[Result], price_per_gpu_hour: float) -> str:
@@ -149,12 +167,14 @@ def table(results: Sequence[Result], price_per_gpu_hour: float) -> str:
     head = (
         f"{'trace':14} {'policy':11} {'capacity':>8} {'blocks':>8} {'token hit':>9} {'FLOPs saved':>11} "
         f"{'writes/new':>10} {'occupancy':>9} {'lost':>9} {'unwritten':>9} {'demoted':>9} {'bypassed':>9} "
-        f"{'GPU-h saved':>11}"
+        f"{'declined':>9} {'GPU-h saved':>11}"
     )
     lines = [head + (f" {'$ saved':>9}" if price_per_gpu_hour else "")]
     for each in results:
         hours = each.flops_saved / GPU_FLOPS / 3600
-        reasons = " ".join(f"{each.evictions[name]:9}" for name in ("lost", "unwritten", "demoted", "bypassed"))
+        reasons = " ".join(
+            f"{each.evictions[name]:9}" for name in ("lost", "unwritten", "demoted", "bypassed", "declined")
+        )
         lines.append(
             f"{each.trace[:14]:14} {each.policy:11} {each.capacity_percent:7.2f}% {each.capacity_blocks:8} "
             f"{each.token_hit_percent:8.2f}% {each.flops_saved_percent:10.2f}% {each.nvme_writes_per_new_block:10.3f} "
@@ -190,6 +210,22 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     sizes.add_argument("--host", type=_size, metavar="SIZE", help="one size of the host tier instead")
     parser.add_argument("--nvme", type=_size, metavar="SIZE", help="an nvme tier below it")
+    parser.add_argument(
+        "--write-chance",
+        type=_percent,
+        default=0.0,
+        metavar="PERCENT",
+        help="write only what is asked for again with that chance at least (0: as the prices say, all without)",
+    )
+    parser.add_argument(
+        "--write-budget",
+        type=_size,
+        metavar="SIZE",
+        help="bytes that may be written in a day; with %% of the trace's distinct blocks while it lasts",
+    )
+    parser.add_argument(
+        "--price-per-tb-written", type=float, default=0.0, metavar="USD", help="of wear, beside that of a GPU"
+    )
     parser.add_argument(
         "--model",
         choices=sorted(SHAPES),

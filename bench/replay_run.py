@@ -9,18 +9,22 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from forebay.bench.trace import Trace
+from forebay.kvstore.admission import WriteTerms
 from forebay.kvstore.eviction.policies import PolicyMaker
 from forebay.kvstore.groups import Direction
 from forebay.kvstore.movement import PAGE_BYTES, NvmeConfig, Verdict
 from forebay.kvstore.namespace import NamespaceSpec
+from forebay.kvstore.physics import PhysicsConfig
 from forebay.kvstore.shapes import ModelShape
 from forebay.kvstore.slabs import RESIDENT
 from forebay.kvstore.store import Store, StoreConfig
 
 _SESSION = 1
+GPU_FLOPS = 989e12 / 2
+"""A second, of a prefill: half of the peak of an H100 in bf16. An assumption."""
 BLOCK_BYTES = 4096
 """Of a block, to the store: the least that an nvme slot holds, since bytes are only counted."""
 
@@ -32,7 +36,7 @@ class Result:
     Attributes:
         occupancy_mean: resident share of the host tier, mean over requests from the first eviction on.
         evictions: blocks by reason: `lost` for space, `unwritten` of them without an nvme tier having had them,
-            `demoted` to it, `bypassed` (never stored).
+            `demoted` to it, `bypassed` (never stored), `declined` (found not to be worth a write to it).
         flops_saved: prefill work that hits made needless.
     """
 
@@ -49,27 +53,47 @@ class Result:
     nvme_blocks: int
 
 
-def _nvme_config(blocks: int) -> NvmeConfig:
-    """One slab that holds just so many blocks, each behind a header page, and the slab's own."""
-    size = blocks * (BLOCK_BYTES + PAGE_BYTES) + PAGE_BYTES
-    return NvmeConfig(size, size)
+@dataclass(frozen=True, slots=True)
+class Drive:
+    """An nvme tier.
+
+    Attributes:
+        budget_blocks_per_day: 0: no budget.
+        terms: what a write is weighed by; its price is that of a byte of a real block.
+        block_bytes: of a real block.
+    """
+
+    blocks: int
+    budget_blocks_per_day: float = 0.0
+    terms: WriteTerms | None = None
+    block_bytes: int = BLOCK_BYTES
+
+    def config(self) -> NvmeConfig:
+        """One slab that holds just so many blocks, each behind a header page, and the slab's own."""
+        size = self.blocks * (BLOCK_BYTES + PAGE_BYTES) + PAGE_BYTES
+        terms = self.terms
+        if terms is not None:
+            terms = replace(terms, dollars_per_byte=terms.dollars_per_byte * self.block_bytes / BLOCK_BYTES)
+        return NvmeConfig(size, size, budget_bytes_per_day=int(self.budget_blocks_per_day * BLOCK_BYTES), terms=terms)
 
 
 class _Run:
     """The store and what is counted."""
 
-    def __init__(self, host_blocks: int, nvme_blocks: int, maker: PolicyMaker, block_tokens: int) -> None:
+    def __init__(
+        self, host_blocks: int, drive: Drive | None, maker: PolicyMaker, block_tokens: int, physics: PhysicsConfig
+    ) -> None:
         ids = itertools.count(1)
-        nvme = _nvme_config(nvme_blocks) if nvme_blocks else None
-        config = StoreConfig(host_blocks * BLOCK_BYTES, host_blocks * BLOCK_BYTES, host_policy=maker, nvme=nvme)
+        host_bytes, nvme = host_blocks * BLOCK_BYTES, drive.config() if drive else None
+        config = StoreConfig(host_bytes, host_bytes, host_policy=maker, nvme=nvme, physics=physics)
         self.store = Store(config, lambda: next(ids))
-        if nvme_blocks:
+        if drive:
             self.store.restore_slabs([], 1)
             self.store.restore_done()
         self.store.open_session(_SESSION, 0)
         spec = NamespaceSpec("replayed", "", "bytes", block_tokens, (BLOCK_BYTES,))
         self.shard = self.store.open_namespace(_SESSION, spec)
-        self.has_nvme = bool(nvme_blocks)
+        self.has_nvme = drive is not None
         self.new_blocks = self.written_blocks = 0
 
     def ask(self, names: Sequence[bytes], now: float) -> int:
@@ -104,7 +128,7 @@ def replay(
     maker: PolicyMaker,
     host_blocks: int,
     *,
-    nvme_blocks: int = 0,
+    drive: Drive | None = None,
     shape: ModelShape,
     block_tokens: int = 512,
     warm_up: float = 0.0,
@@ -113,7 +137,10 @@ def replay(
 
     The leading share `warm_up` of requests is left out of the rates.
     """
-    run = _Run(host_blocks, nvme_blocks, maker, block_tokens)
+    physics = PhysicsConfig(
+        prefill_tokens_per_s=GPU_FLOPS / shape.token_flops, prefill_double_tokens=shape.double_tokens
+    )
+    run = _Run(host_blocks, drive, maker, block_tokens, physics)
     hit = asked = 0
     saved = needed = occupied = 0.0
     looked = 0
@@ -143,7 +170,8 @@ def replay(
             "unwritten": counters.evicted_unwritten_blocks,
             "demoted": counters.released_blocks,
             "bypassed": counters.bypassed_blocks,
+            "declined": counters.declined_blocks,
         },
         flops_saved=saved,
-        nvme_blocks=nvme_blocks,
+        nvme_blocks=drive.blocks if drive else 0,
     )

@@ -87,7 +87,8 @@ def _nvme(detail: Document, store: Document) -> list[str]:
     moved = f"read {size(detail.get('read_bytes', 0))}, written {size(detail.get('written_bytes', 0))}"
     blocks = f"promoted {counters.get('promoted_blocks', 0)}, demoted {counters.get('demoted_blocks', 0)} blocks"
     lines.append(f"  {moved}, {blocks}, only in memory {movement.get('dirty_blocks', 0)}{_restored(detail, counters)}")
-    return lines + [f"  {text}" for text in (_wear(detail, movement), _damage(detail, counters)) if text]
+    said = (_wear(detail, movement), _declined(counters), _damage(detail, counters))
+    return lines + [f"  {text}" for text in said if text]
 
 
 def _drive(drive: Document) -> str:
@@ -124,6 +125,13 @@ def _wear(detail: Document, movement: Document) -> str:
         written = sum(drive.get("lifetime_written_bytes", 0) for drive in detail.get("drives", ()))
         said.append(f"drive life left {percent(life - written, life)} ({size(written)} of {size(life)} written)")
     return ", ".join(said)
+
+
+def _declined(counters: Document) -> str:
+    """Empty where everything was worth writing."""
+    cost, budget = counters.get("declined_cost_chains", 0), counters.get("declined_budget_chains", 0)
+    blocks = counters.get("declined_blocks", 0)
+    return f"not worth a write: {blocks} blocks, {cost} chains for the cost, {budget} for the budget" if blocks else ""
 
 
 def _damage(detail: Document, counters: Document) -> str:

@@ -215,6 +215,19 @@ class NvmeConfig:
         "leave memory unwritten, and are counted. 0: what nvme.drive_bytes and nvme.dwpd make.",
         low=0,
     )  # fmt: skip
+    admission: Literal["worth", "all"] = setting(
+        "choice", "worth", "",
+        "What is written. worth: where the chance that it is asked for again, times the GPU time that then is saved, "
+        "costs more than the write, by the prices in [economics]; and the less likely less readily as the write budget "
+        "runs out. Without prices and without a budget that is all, as with all.",
+        choices=("worth", "all"), reloads=True,
+    )  # fmt: skip
+    least_chance: float = setting(
+        "number", 0, "probability",
+        "With nvme.admission = worth: write only what is asked for again within two hours with this probability, in "
+        "place of what prices make. Of host.eviction = hazard alone such are known. 0: prices.",
+        low=0, high=1, reloads=True,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -279,7 +292,8 @@ class EconomicsConfig:
     )  # fmt: skip
     nvme_dollars_per_tb_written: float = setting(
         "number", 0, "dollars",
-        "Price of wear: of the drives divided by what they are rated to bear. 0: not told.",
+        "Price of wear: of the drives divided by what they are rated to bear. With a GPU's price and a known prefill "
+        "rate it decides what is worth a write (nvme.admission). 0: not told.",
         low=0, high=1e6, reloads=True,
     )  # fmt: skip
 

@@ -224,7 +224,7 @@ FAMILIES: tuple[Family, ...] = (
            lambda snapshot: [((tier.tier,), len(tier.warnings)) for tier in snapshot.tiers]),
     # Between host memory and nvme
     _core("released_blocks", "Blocks that left host memory for space and stay on nvme"),
-    _core("evicted_unwritten_blocks", "Of the blocks evicted, those that were never written to nvme"),
+    _core("evicted_unwritten_blocks", "Of the blocks evicted, those that were never written to nvme although worth it"),
     _core("promoted_blocks", "Blocks brought from nvme to host memory"),
     _core("promoted_bytes", "Bytes of those"),
     _core("promotions_full_blocks", "Blocks not brought for want of room in host memory"),
@@ -237,6 +237,11 @@ FAMILIES: tuple[Family, ...] = (
     _core("demotions_failed_blocks", "Blocks that could not be written to nvme"),
     _core("restored_blocks", "Blocks of an earlier life found on nvme"),
     _core("restored_dropped_blocks", "Blocks of an earlier life that were not taken in"),
+    Family("forebay_nvme_declined_chains_total", "counter", ("reason",),
+           "Parts of chains found not to be worth a write to nvme, for its cost or since the budget runs out",
+           lambda snapshot: [((reason,), getattr(snapshot.store.counters, f"declined_{reason}_chains"))
+                             for reason in ("cost", "budget")]),
+    _core("declined_blocks", "Blocks of those"),
     _movement("loads", "Transfers from nvme under way"),
     _movement("loading_blocks", "Blocks on their way from nvme"),
     _movement("writes", "Transfers to nvme under way"),

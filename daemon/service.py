@@ -29,6 +29,7 @@ from forebay.daemon.sdnotify import Notifier
 from forebay.daemon.sessions import Greeting, Sessions
 from forebay.daemon.status import DaemonSnapshot, Prices, to_json
 from forebay.daemon.verbs import Verbs
+from forebay.kvstore.admission import WriteTerms
 from forebay.kvstore.errors import BadRequest
 from forebay.kvstore.eviction.policies import served
 from forebay.kvstore.movement import NvmeConfig
@@ -322,4 +323,14 @@ def _movement_config(config: Config, tier: NvmeTier) -> NvmeConfig:
         idle_s=config.nvme.idle_s,
         budget_bytes_per_day=derive(config).write_bytes_per_day,
         drives=max(1, sum(drive.up for drive in tier.detail().drives)),
+        terms=_write_terms(config) if config.nvme.admission == "worth" else None,
+    )
+
+
+def _write_terms(config: Config) -> WriteTerms:
+    economics = config.economics
+    return WriteTerms(
+        least_chance=config.nvme.least_chance,
+        dollars_per_byte=economics.nvme_dollars_per_tb_written / 1e12,
+        gpu_dollars_per_s=economics.gpu_dollars_per_hour * economics.gpus / 3600,
     )

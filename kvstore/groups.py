@@ -197,6 +197,8 @@ class Group:
         place = Place(self.index, self.spec.block_tokens, sole=self._tiers == 1)
         self.policies = (self._host_policy(place), *(lru(place) for _ in range(1, self._tiers)))
         self.pinned_blocks = 0
+        self.declined: set[int] = set()
+        """Rows in host memory that were found not to be worth a write."""
         self._nothing_evictable = [False] * self._tiers
 
     def is_idle(self) -> bool:
@@ -286,6 +288,7 @@ class Group:
     def lose(self, row: int) -> None:
         """Drop a block for space, wherever it is."""
         unwritten = len(self.policies) > 1 and not self.memory_only and not self.index.is_in(row, NVME)
+        unwritten = unwritten and row not in self.declined
         self.evicted_unwritten += unwritten
         self._counters.evicted_blocks += 1
         self._counters.evicted_unwritten_blocks += unwritten
@@ -418,6 +421,8 @@ class Group:
                 self.shards[rank].spaces[tier].quarantine(slot_id)
             else:
                 self.free_slot(self.shards[rank], slot_id, tier)
+        if tier == HOST:
+            self.declined.discard(row)
         self.policies[tier].remove(row)
         self.index.forget_if_empty(row)
 

@@ -18,12 +18,12 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from itertools import islice
 
-from forebay.kvstore.admission import AdmissionRule, WriteBudget, WriteOnEvict
+from forebay.kvstore.admission import AdmissionRule, WorthWriting, WriteBudget, WriteOnEvict, WriteTerms
 from forebay.kvstore.allocation import Allocator
 from forebay.kvstore.groups import HOST, NVME, Direction, Effects, Group, LeaseProgress, Room, Shard, Transfer
 from forebay.kvstore.index import NO_SLOT
 from forebay.kvstore.leases import Lease
-from forebay.kvstore.planner import Link
+from forebay.kvstore.planner import Link, PrefillRate
 from forebay.kvstore.slabs import FREE, RESIDENT, SlabFormat
 from forebay.kvstore.stats import Counters, MovementStats
 
@@ -59,6 +59,7 @@ class NvmeConfig:
         ahead_bytes: payload of prefetches asked of a drive at one time; the rest waits, so that leases need not.
         idle_s: without a request for so long, what is only in host memory is written down as well.
         budget_bytes_per_day: what may be written; 0: any amount.
+        terms: by which it is weighed what is worth writing; None: it is not.
         drives: how many the tier has; slab s lies on drive s mod `drives`.
     """
 
@@ -71,6 +72,7 @@ class NvmeConfig:
     ahead_bytes: int = 16 * MIB
     idle_s: float = 2.0
     budget_bytes_per_day: int = 0
+    terms: WriteTerms | None = None
     drives: int = 1
 
     @property
@@ -137,7 +139,7 @@ class Movement:
 
     Args:
         leases: the store's, by id: told of progress.
-        rule: what is worth writing.
+        prefill: how long computing takes.
     """
 
     def __init__(
@@ -147,16 +149,17 @@ class Movement:
         effects: Effects,
         counters: Counters,
         leases: dict[int, Lease],
-        rule: AdmissionRule | None = None,
+        prefill: PrefillRate,
     ) -> None:
         self.config = config
         self.budget = WriteBudget(config.budget_bytes_per_day)
         self.ready = False
-        self._rule: AdmissionRule = rule or WriteOnEvict()
         self._host, self._nvme = allocators
         self._effects = effects
         self._counters = counters
         self._leases = leases
+        self._prefill = prefill
+        self._rule = self._new_rule()
         self._transfers: dict[int, Transfer] = {}
         self._last_id = 0
         self._loading: dict[tuple[int, int], Transfer] = {}
@@ -178,6 +181,15 @@ class Movement:
         self._ahead_bytes = 0
         self.link: Link | None = None
         """Is told how long loads take."""
+
+    def reconfigure(self, config: NvmeConfig) -> None:
+        """Other rates and terms."""
+        self.config = config
+        self._rule = self._new_rule()
+
+    def _new_rule(self) -> AdmissionRule:
+        terms = self.config.terms
+        return WriteOnEvict() if terms is None else WorthWriting(terms, self.budget, self._prefill, self._counters)
 
     # Up
 
@@ -393,11 +405,18 @@ class Movement:
             if self._write_in_turn(group, watch.to_sweep, groups, now) and watch.cursor >= count:
                 watch.swept, watch.cursor = watch.sweeping, 0
 
-    def write(self, group: Group, rows: Sequence[int], groups: Collection[Group], now: float) -> bool:
-        """Begin to write blocks, parents before children; False when the window was full before the last of them."""
+    def write(
+        self, group: Group, rows: Sequence[int], groups: Collection[Group], now: float, *, asked: bool = False
+    ) -> bool:
+        """Begin to write blocks, parents before children; False when the window was full before the last of them.
+
+        What a client `asked` to have written is not weighed.
+        """
         if group.memory_only or not self._may_write(now):
             return True
-        admitted = self._rule.admit(group, rows, now)
+        shards = tuple(group.shards.values())
+        dirty = [row for row in rows if any(self._is_dirty(shard, row) for shard in shards)]
+        admitted = dirty if asked or not dirty else self._rule.admit(group, dirty, now)
         return all(self._write_part(shard, admitted, groups, now) for shard in group.shards.values())
 
     def _write_part(self, shard: Shard, rows: Sequence[int], groups: Collection[Group], now: float) -> bool:

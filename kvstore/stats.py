@@ -78,6 +78,9 @@ class Counters:
     demoted_blocks: int = 0
     demoted_bytes: int = 0
     demotions_failed_blocks: int = 0
+    declined_cost_chains: int = 0
+    declined_budget_chains: int = 0
+    declined_blocks: int = 0
     corrupt_blocks: int = 0
     stale_blocks: int = 0
     restored_blocks: int = 0

@@ -141,7 +141,9 @@ class Store:
         self.movement: Movement | None = None
         if config.nvme is not None:
             host, nvme = self._allocators
-            self.movement = Movement(config.nvme, (host, nvme), self.effects, self.counters, self._leases)
+            self.movement = Movement(
+                config.nvme, (host, nvme), self.effects, self.counters, self._leases, self.physics.prefill
+            )
             self.movement.link = self.physics.links[NVME]
             self._restoration = Restoration(self.tiers[NVME], self.effects, self.counters, self._restored_shard)
 
@@ -150,7 +152,7 @@ class Store:
         self.config = config
         self.physics.config = config.physics
         if self.movement is not None and config.nvme is not None:
-            self.movement.config = config.nvme
+            self.movement.reconfigure(config.nvme)
 
     # Sessions
 
@@ -457,7 +459,7 @@ class Store:
         if movement is None or group.memory_only:
             return Durability(0, 0)
         group.hold(rows)
-        all_begun = movement.write(group, rows, self._groups.values(), now)
+        all_begun = movement.write(group, rows, self._groups.values(), now, asked=True)
         group.unhold(rows)
         durable = movement.durable(group, rows)
         if not all_begun or movement.waits(now):

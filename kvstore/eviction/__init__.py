@@ -57,6 +57,9 @@ class EvictionPolicy(Protocol):
     def coldest(self, limit: int) -> list[int]:
         """The next rows in the order in which they would go, whether they may or not; changes nothing."""
 
+    def chances(self, rows: Sequence[int], within_s: float, now: float) -> Sequence[float] | None:
+        """Of each of these rows, that it is asked for again within so many seconds; None: nothing was learned yet."""
+
     def oldest_touch(self) -> float | None:
         """When the block that would go next was last asked for; compares namespaces with each other."""
 

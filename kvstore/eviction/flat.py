@@ -59,6 +59,10 @@ class FlatPolicy:
     def coldest(self, limit: int) -> list[int]:
         return sorted(self.rows)[:limit]
 
+    def chances(self, rows: Sequence[int], within_s: float, now: float) -> None:
+        """These policies predict nothing."""
+        del rows, within_s, now
+
     def oldest_touch(self) -> float | None:
         return 0.0 if self.rows else None
 

@@ -274,6 +274,25 @@ class HazardPolicy:
         if found != len(expected):
             yield f"{found} resident rows in pieces, {len(expected)} in the index"
 
+    def chances(self, rows: Sequence[int], within_s: float, now: float) -> Sequence[float] | None:
+        if not self._learned:
+            return None
+        known, hashes = self._pieces.known, self._hashes
+        chances: list[float] = []
+        last: Piece | None = None
+        for row in rows:
+            name = hashes[row]
+            assert name is not None, f"row {row} is not in use"
+            piece = known[name]
+            chances.append(chances[-1] if piece is last else self._chance(piece, within_s, now))
+            last = piece
+        return chances
+
+    def _chance(self, piece: Piece, within_s: float, now: float) -> float:
+        if piece.kind == FINISHED:
+            return 0.0
+        return self._model.probability(piece.kind, max(0.0, now - piece.touched), within_s)
+
     def explain(self, name: bytes, now: float) -> Explanation | None:
         """What is thought of a block, or None where nothing is known of it."""
         piece = self._pieces.known.get(name)

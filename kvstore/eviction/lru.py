@@ -124,6 +124,10 @@ class LruPolicy:
             piece = piece.newer
         return rows
 
+    def chances(self, rows: Sequence[int], within_s: float, now: float) -> None:
+        """Recency alone predicts nothing."""
+        del rows, within_s, now
+
     def oldest_touch(self) -> float | None:
         return self._ring.newer.touched if self._pieces else None
 

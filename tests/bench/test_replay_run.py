@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from forebay.bench.replay_policies import NAMES, policy_maker
-from forebay.bench.replay_run import Result, replay
+from forebay.bench.replay_run import Drive, Result, replay
 from forebay.bench.trace import Request, Trace, read_trace
 from forebay.kvstore.shapes import SHAPES
 
@@ -27,7 +27,8 @@ def trace_of(*chains: str) -> Trace:
 def run(trace: Trace, policy: str, blocks: int, nvme_blocks: int = 0, warm_up: float = 0.0) -> Result:
     shape = SHAPES["llama-3-70b"]
     maker = policy_maker(policy, trace, shape)
-    return replay(trace, policy, maker, blocks, nvme_blocks=nvme_blocks, shape=shape, warm_up=warm_up)
+    drive = Drive(nvme_blocks) if nvme_blocks else None
+    return replay(trace, policy, maker, blocks, drive=drive, shape=shape, warm_up=warm_up)
 
 
 def recorded(name: str) -> Trace:
@@ -41,14 +42,14 @@ def test_lru_of_a_tiny_trace_is_what_one_counts_by_hand() -> None:
     """Room for 4: "xyz" takes the 1 that is free and gives up c and b; "ab" then finds a alone, and takes z's place."""
     result = run(trace_of("abc", "xyz", "ab", "ab"), "lru", 4)
     assert result.token_hit_percent == pytest.approx(100 * (0 + 0 + 1 + 2) / 10)
-    assert result.evictions == {"lost": 3, "unwritten": 0, "demoted": 0, "bypassed": 0}
+    assert result.evictions == {"lost": 3, "unwritten": 0, "demoted": 0, "bypassed": 0, "declined": 0}
     assert (result.capacity_blocks, result.capacity_percent, result.occupancy_mean) == (4, 66.667, 1.0)
 
 
 def test_belady_does_not_store_what_never_comes_back() -> None:
     result = run(trace_of("abc", "xyz", "ab", "ab"), "belady", 4)
     assert result.token_hit_percent == pytest.approx(100 * (0 + 0 + 2 + 2) / 10)
-    assert result.evictions == {"lost": 0, "unwritten": 0, "demoted": 0, "bypassed": 2}
+    assert result.evictions == {"lost": 0, "unwritten": 0, "demoted": 0, "bypassed": 2, "declined": 0}
 
 
 def test_saved_work_weighs_deep_tokens_more() -> None:

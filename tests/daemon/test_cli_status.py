@@ -16,7 +16,7 @@ from forebay.daemon.status import DaemonSnapshot
 @pytest.fixture
 def document(make_snapshot: Callable[..., DaemonSnapshot]) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(status.to_json(make_snapshot()))
-    for name in ("corrupt_blocks", "stale_blocks"):
+    for name in ("corrupt_blocks", "stale_blocks", "declined_blocks"):
         found["store"]["counters"][name] = 0
     found["nvme"]["errors"] = []
     return found
@@ -44,6 +44,12 @@ def test_nvme_tier_has_its_drives_and_what_they_did(document: dict[str, Any]) ->
     assert wear == (
         "write budget 10.0 TiB a day, 11.0 GiB left at once, drive life left 85.0 % (3.0 TiB of 20.0 TiB written)"
     )
+
+
+def test_what_was_not_worth_a_write_is_told_with_its_reason(document: dict[str, Any]) -> None:
+    declined = {"declined_blocks": 30, "declined_cost_chains": 4, "declined_budget_chains": 2}
+    document["store"]["counters"] |= declined
+    assert "not worth a write: 30 blocks, 4 chains for the cost, 2 for the budget" in nvme_lines(document)
 
 
 def test_what_is_not_configured_or_over_is_not_shown(document: dict[str, Any]) -> None:

@@ -12,6 +12,9 @@ from forebay.kvstore.stats import Counters
 from support.core import World, chain, spec
 
 MOVED_ELSEWHERE = (
+    "declined_cost_chains",
+    "declined_budget_chains",
+    "declined_blocks",
     "bypassed_blocks",
     "evicted_unwritten_blocks",
     "released_blocks",
