@@ -12,6 +12,7 @@ slots nor the lease are given back: the daemon keeps a silent writer's slots fro
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,6 +25,7 @@ from forebay.client import checksums
 from forebay.client.copier import LEGACY_STREAM, CopyPlan, CopyTimeout
 from forebay.client.loads import NOTHING, Loads, Progress
 from forebay.client.namespaces import Namespace
+from forebay.client.options import Planning
 from forebay.client.places import Places, SlabMapping, no_places
 from forebay.client.results import (
     BlockOutcome,
@@ -83,6 +85,8 @@ BATCH_BLOCKS = 256
 """A store reserves at most this much at a time, so that a long one neither hoards slots nor starves others."""
 
 FETCH_DEADLINE_MS = 30_000.0
+COPIED_BYTES_MIN, COPIED_EVERY_S = 1 << 20, 0.25
+"""The daemon is told of fetches of so many bytes, and not more often."""
 """How long a fetch takes at most, unless it says otherwise: as long as a lease lives by default."""
 
 PERSIST_PAUSE_S = 0.002
@@ -181,6 +185,7 @@ class Attachment:
     handles: dict[bytes, OpenNamespaceReply] = field(default_factory=dict)
     slabs: dict[tuple[int, int], SlabMapping] = field(default_factory=dict)
     loads: Loads = field(default_factory=Loads)
+    copies_told_s: float = float("-inf")
 
     def take(self, notice: Notice) -> None:
         """What the daemon told: a lease is further, or a slab was taken back.
@@ -271,13 +276,16 @@ def find_namespace(attachment: Attachment, prefix: bytes, rank: int) -> Steps[Na
     return Namespace.found(request, (yield from call(request, FindNamespaceReply)))
 
 
-def lookup(attachment: Attachment, ns: Namespace, blob: bytes) -> Steps[LookupResult]:
+def lookup(attachment: Attachment, ns: Namespace, blob: bytes, plan: Planning = "auto") -> Steps[LookupResult]:
     handle = yield from open_namespace(attachment, ns)
     bytes_max = attachment.hashes_max(ns) * ns.hash_bytes
     asked = blob if len(blob) <= bytes_max else blob[:bytes_max]
     reply = yield from call(LookupRequest(handle.ns, asked), LookupReply)
     blocks = min(reply.blocks, len(asked) // ns.hash_bytes)  # an engine takes it for a part of its prompt
-    return LookupResult(blocks, dict(reply.by_tier), reply.load_us, reply.advice, min(reply.load_blocks, blocks))
+    advice, load_blocks = reply.advice, min(reply.load_blocks, blocks)
+    if blocks and plan != "auto":
+        advice, load_blocks = ("load", blocks) if plan == "always" else ("recompute", 0)
+    return LookupResult(blocks, dict(reply.by_tier), reply.load_us, advice, load_blocks)
 
 
 def report(
@@ -511,6 +519,7 @@ def fetch(
     loading = _Fetch(attachment, work, ttl_ms, until_s, verify=verify)
     try:
         reason = yield from loading.run()
+        yield from loading.tell()
     except ForebayError as error:
         if strict:
             raise
@@ -532,6 +541,8 @@ class _Fetch:
         self._ttl_ms = ttl_ms
         self._until_s = until_s
         self._verify = verify
+        self._begun_s = time.monotonic()
+        self._waited = False
 
     def run(self) -> Steps[str]:
         """Returns why it ended short of all blocks; empty when it did not."""
@@ -556,6 +567,19 @@ class _Fetch:
                 return reason or "miss"
         return ""
 
+    def tell(self) -> Steps[None]:
+        """Tell the daemon, now and then, how long it took to get blocks that were in memory: its plans go by that."""
+        size_bytes, now = self.loaded * self._work.ns.block_bytes, time.monotonic()
+        attachment, copy_us = self._attachment, int((now - self._begun_s) * 1e6)
+        if (
+            size_bytes >= COPIED_BYTES_MIN
+            and copy_us
+            and not self._waited
+            and now - attachment.copies_told_s >= COPIED_EVERY_S
+        ):
+            attachment.copies_told_s = now
+            yield Post(ReportRequest(0, 0, 0, size_bytes, copy_us))
+
     def _load(self, handle: OpenNamespaceReply, held: Held) -> Steps[tuple[int, str]]:
         """Copy what is ready, while the rest is being read; returns the blocks that are right and what stopped them.
 
@@ -571,6 +595,7 @@ class _Fetch:
                     return blocks, reason
             if progress.ended or last == len(held.places):
                 return blocks, "" if blocks == progress.total else "stale"
+            self._waited = True
             told: Progress | None = yield Await(held.lease, progress.ready, until_s=self._until_s)
             if told is None:
                 return blocks, "deadline"

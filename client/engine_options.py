@@ -15,7 +15,7 @@ from forebay.client.options import ClientOptions
 from forebay.client.sync import Client
 from forebay.kvstore.errors import BadRequest
 
-CLIENT_KEYS = ("runtime_dir", "budget_ms", "timeout_ms", "copy_threads", "verify")
+CLIENT_KEYS = ("runtime_dir", "budget_ms", "timeout_ms", "copy_threads", "verify", "plan")
 
 
 def client_options(extra: Mapping[str, object], *, name: str) -> ClientOptions:
@@ -32,7 +32,7 @@ def client_options(extra: Mapping[str, object], *, name: str) -> ClientOptions:
             raise BadRequest(f"{key} is a number of milliseconds, not {value!r}")
         if key == "copy_threads" and type(value) is not int:
             raise BadRequest(f"copy_threads is a whole number, not {value!r}")
-        if key in ("runtime_dir", "verify") and not isinstance(value, str):
+        if key in ("runtime_dir", "verify", "plan") and not isinstance(value, str):
             raise BadRequest(f"{key} is text, not {value!r}")
     return ClientOptions(name=name, checksum_stores=values.get("verify") == "load", **values)
 

@@ -12,6 +12,7 @@ from forebay.kvstore.errors import BadRequest
 from forebay.transports.packets import CLIENT_GROUP_BYTES_MAX, CLIENT_NAME_CHARS_MAX
 
 Verify: TypeAlias = Literal["off", "load"]
+Planning: TypeAlias = Literal["auto", "always", "never"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,8 @@ class ClientOptions:
             arrived in the engine's memory; a fetch then reads what it wrote once more. A GPU hashes as it copies.
         checksum_stores: send the checksum of each block stored; whoever verifies can then tell a bit that flipped.
             A store then reads what it wrote once more.
+        plan: ``auto`` loads as much of what is stored as the daemon advises, ``always`` all of it, ``never`` nothing:
+            what lookups' `worth_loading` says, which engines' connectors go by.
     """
 
     runtime_dir: str | Path | None = None
@@ -46,6 +49,7 @@ class ClientOptions:
     copy_cpus: tuple[int, ...] = ()
     verify: Verify = "off"
     checksum_stores: bool = False
+    plan: Planning = "auto"
 
     def __post_init__(self) -> None:
         if len(self.name) > CLIENT_NAME_CHARS_MAX:
@@ -58,6 +62,8 @@ class ClientOptions:
             raise BadRequest(f"copy_threads must be from 0 to {THREADS_MAX}")
         if self.verify not in ("off", "load"):
             raise BadRequest("verify must be 'off' or 'load'")
+        if self.plan not in ("auto", "always", "never"):
+            raise BadRequest("plan must be 'auto', 'always' or 'never'")
 
     def copier(self) -> DeviceCopier:
         """What moves the bytes of a client with these options."""

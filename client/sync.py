@@ -25,7 +25,7 @@ from forebay.client.device_copier import DeviceCopier
 from forebay.client.grants import BaseLease, BaseReservation, nothing_granted, nothing_held
 from forebay.client.link import Link
 from forebay.client.namespaces import Namespace
-from forebay.client.options import ClientOptions, Verify
+from forebay.client.options import ClientOptions, Planning, Verify
 from forebay.client.results import (
     BlockOutcome,
     ClientStats,
@@ -95,6 +95,7 @@ class Client:
         copy_cpus: Sequence[int] = (),
         verify: Verify = "off",
         checksum_stores: bool = False,
+        plan: Planning = "auto",
         copier: Copier | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -110,6 +111,7 @@ class Client:
             tuple(copy_cpus),
             verify,
             checksum_stores,
+            plan,
         )
         self._copier = copier or self.options.copier()
         self._breaker = Breaker(clock)
@@ -156,7 +158,7 @@ class Client:
     def lookup(self, ns: Namespace, hashes: Sequence[bytes]) -> LookupResult:
         """How many leading blocks are stored; takes no lease. Blocking: one round trip."""
         blob = ns.blob(hashes)
-        return self._run(lambda attachment: core.lookup(attachment, ns, blob), LookupResult())
+        return self._run(lambda attachment: core.lookup(attachment, ns, blob, self.options.plan), LookupResult())
 
     def acquire(self, ns: Namespace, hashes: Sequence[bytes], ttl_ms: int = 0) -> Lease:
         """Lease the leading blocks to read them in place; use it in a `with`. 0: the daemon's time to live.

@@ -34,8 +34,17 @@ class HeldLease(Protocol):
     def release(self) -> None: ...
 
 
+class Advice(Protocol):
+    """What a `lookup` answers."""
+
+    @property
+    def worth_loading(self) -> int: ...
+
+
 class LeaseClient(Protocol):
     """What this side asks of a client; `forebay.client.Client` is one."""
+
+    def lookup(self, ns: Any, hashes: Sequence[bytes]) -> Advice: ...
 
     def acquire(self, ns: Any, hashes: Sequence[bytes], ttl_ms: int = 0) -> HeldLease: ...
 
@@ -132,14 +141,16 @@ class LeaseDesk:
 def hold(client: LeaseClient, question: Question) -> tuple[int, Sequence[HeldLease]]:
     """The most tokens that all groups can go on from, and leases of the blocks which that takes.
 
-    Full attention is asked first, for all of the prompt. Then each window must be there right before those tokens;
-    where it has a gap, what comes before the gap is tried.
+    Full attention is asked first, for as much of the prompt as the daemon's plan finds worth loading. Then each window
+    must be there right before those tokens; where it has a gap, what comes before the gap is tried.
     """
     held: list[HeldLease] = []
     windows: list[HeldLease] = []
     try:
         tokens = question.first + _longest(question)
         for chain in question.chains:
+            if not chain.geometry.window and tokens > question.first:
+                tokens = _worth_loading(client, question, chain, tokens)
             if not chain.geometry.window and tokens > question.first:
                 tokens = min(tokens, _ask(client, question, chain, question.first, tokens, held))
         for _ in range(WINDOW_ROUNDS_MAX):
@@ -162,6 +173,14 @@ def hold(client: LeaseClient, question: Question) -> tuple[int, Sequence[HeldLea
         _release([*held, *windows])
         return question.first, ()
     return tokens, (*held, *windows)
+
+
+def _worth_loading(client: LeaseClient, question: Question, chain: Chain, end: int) -> int:
+    """Up to which token blocks are there, and come sooner than they are computed, in whole steps of the question."""
+    size = chain.geometry.block_tokens
+    names = chain.names[: (end - question.first) // size]
+    worth = min(client.lookup(chain.ns, names).worth_loading, len(names)) * size
+    return question.first + worth // question.step * question.step
 
 
 def _ask(client: LeaseClient, question: Question, chain: Chain, begin: int, end: int, held: list[HeldLease]) -> int:

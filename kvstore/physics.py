@@ -129,7 +129,7 @@ class Physics:
         self.capacity_bytes = capacity_bytes
         self.curve = ReuseCurve(horizon_bytes=int(HORIZON * capacity_bytes))
         self.prefill = PrefillRate(config.prefill_tokens_per_s, config.prefill_double_tokens)
-        self.links = (Link("host", config.host_gb_s), Link("nvme", config.nvme_gb_s))
+        self.links = (Link("host", config.host_gb_s, whole=True), Link("nvme", config.nvme_gb_s))
         self.savings = Savings()
         self.plans = PlanCounts()
         self._curves: dict[Group, NamespaceCurve] = {}

@@ -46,12 +46,24 @@ class Link:
     Args:
         name: the tier's.
         gb_s, latency_s: assumed until something was measured.
+        whole: what is measured of it are whole loads, and not single transfers.
     """
 
-    __slots__ = ("_bandwidths", "_busy_s", "_bytes", "_effective", "_last_done_s", "latency_s", "name", "queued_bytes")
+    __slots__ = (
+        "_bandwidths",
+        "_busy_s",
+        "_bytes",
+        "_effective",
+        "_last_done_s",
+        "_whole",
+        "latency_s",
+        "name",
+        "queued_bytes",
+    )
 
-    def __init__(self, name: str, gb_s: float, latency_s: float = 0.0) -> None:
+    def __init__(self, name: str, gb_s: float, latency_s: float = 0.0, *, whole: bool = False) -> None:
         self.name = name
+        self._whole = whole
         self.latency_s = latency_s
         self.queued_bytes = 0
         self._effective = [gb_s * 1e9] * _CLASSES
@@ -99,7 +111,7 @@ class Link:
 
     def eta_s(self, size_bytes: int, piece_bytes: int = 0) -> float:
         """Until so many bytes more have come, in transfers of `piece_bytes` where not in one."""
-        bandwidth = self.bytes_per_s(piece_bytes or size_bytes)
+        bandwidth = self.bytes_per_s(size_bytes if self._whole else piece_bytes or size_bytes)
         return self.latency_s + (self.queued_bytes + size_bytes) / bandwidth
 
 

@@ -16,8 +16,10 @@ from forebay.client import (
     PersistResult,
     PrefixHasher,
     SegmentTable,
+    core,
 )
 from forebay.client.copier import CopyPlan, NumpyCopier
+from forebay.client.options import Planning
 from forebay.client.results import LookupResult
 from forebay.kvstore.errors import (
     BadRequest,
@@ -690,6 +692,37 @@ def test_a_lookup_carries_the_advice(make_shell: MakeShell, fake: FakeDaemon) ->
     assert shell.lookup(ns, chain()).worth_loading == 0
     assert LookupResult(9).worth_loading == 9
     assert LookupResult(9, advice="load", load_blocks=4).worth_loading == 4
+
+
+@pytest.mark.parametrize(("plan", "worth"), [("auto", 2), ("always", 4), ("never", 0)])
+def test_the_option_plan_overrules_the_advice(
+    make_shell: MakeShell, fake: FakeDaemon, plan: Planning, worth: int
+) -> None:
+    shell = make_shell(fake, plan=plan)
+    ns, fake.worth = shell.open_namespace(SPEC), 2
+    shell.store(ns, chain(4), table(paged(4)))
+    found = shell.lookup(ns, chain(4))
+    assert (found.blocks, found.worth_loading) == (4, worth)
+    assert shell.lookup(ns, chain(4)[::-1]).worth_loading == min(worth, shell.lookup(ns, chain(4)[::-1]).blocks)
+
+
+def test_what_fetches_copied_is_reported_where_there_was_enough(
+    make_shell: MakeShell, fake: FakeDaemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shell = make_shell(fake, strict=True)
+    ns = shell.open_namespace(SPEC)
+    shell.store(ns, chain(4), table(paged(4)))
+    assert shell.fetch(ns, chain(4), table(paged(4))).blocks == 4
+    assert fake.reports == [], "little is told of nothing"
+    monkeypatch.setattr(core, "COPIED_BYTES_MIN", 4 * SPEC.block_bytes)
+    assert shell.fetch(ns, chain(4), table(paged(4))).blocks == 4
+    shell.ping()
+    (report,) = fake.reports
+    assert (report.copied_bytes, report.computed_tokens) == (4 * SPEC.block_bytes, 0)
+    assert report.copy_us > 0
+    assert shell.fetch(ns, chain(4), table(paged(4))).blocks == 4
+    shell.ping()
+    assert len(fake.reports) == 1, "not more often than now and then"
 
 
 def test_persist_asks_until_all_is_durable(make_shell: MakeShell, fake: FakeDaemon) -> None:

@@ -16,10 +16,17 @@ def test_nothing_need_be_set() -> None:
 
 
 def test_every_key_arrives_at_the_client() -> None:
-    given = {"runtime_dir": "/x", "budget_ms": 3, "timeout_ms": 50.5, "copy_threads": 2, "verify": "load"}
+    given = {
+        "runtime_dir": "/x",
+        "budget_ms": 3,
+        "timeout_ms": 50.5,
+        "copy_threads": 2,
+        "verify": "load",
+        "plan": "never",
+    }
     options = client_options(given, name="n")
     assert options == ClientOptions(
-        "/x", "n", budget_ms=3, timeout_ms=50.5, copy_threads=2, verify="load", checksum_stores=True
+        "/x", "n", budget_ms=3, timeout_ms=50.5, copy_threads=2, verify="load", checksum_stores=True, plan="never"
     )
     with client_of(options) as client:
         assert client.options == options
@@ -43,6 +50,8 @@ def test_every_key_arrives_at_the_client() -> None:
         ({"runtime_dir": 3}, "runtime_dir"),
         ({"verify": True}, "verify"),
         ({"verify": "always"}, "verify"),
+        ({"plan": "sometimes"}, "plan"),
+        ({"plan": 1}, "plan"),
     ],
 )
 def test_slips_are_named(extra: dict[str, Any], named: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -19,6 +20,11 @@ WIDE = Geometry(("c",), (64,), 2 * BLOCK, 2, ("x",), False)
 NAMES = [bytes([i]) for i in range(BLOCKS)]
 
 
+@dataclass(frozen=True)
+class Told:
+    worth_loading: int
+
+
 class Store:
     """Blocks by namespace. Leases count themselves."""
 
@@ -26,7 +32,11 @@ class Store:
         self.stored = {ns: {NAMES[i] for i in blocks} for ns, blocks in stored.items()}
         self.held = 0
         self.asked: list[tuple[str, int]] = []
-        self.fails_after = BLOCKS
+        self.fails_after = self.worth = BLOCKS
+
+    def lookup(self, ns: Any, hashes: Sequence[bytes]) -> Told:
+        leading = next((i for i, name in enumerate(hashes) if name not in self.stored[ns]), len(hashes))
+        return Told(min(leading, self.worth))
 
     def acquire(self, ns: Any, hashes: Sequence[bytes], ttl_ms: int = 0) -> Lease:
         self.asked.append((ns, len(hashes)))
@@ -69,14 +79,27 @@ def blocks_of(store: Store, asked: Question) -> int:
 def test_full_attention_alone_takes_one_question() -> None:
     store = Store(a=range(70))
     assert blocks_of(store, question(a=FULL)) == 70
-    assert store.asked == [("a", BLOCKS)]
+    assert store.asked == [("a", 70)]
     assert blocks_of(store, question(first=70, a=FULL)) == 70
+
+
+def test_no_more_is_leased_than_the_plan_says_is_worth_loading() -> None:
+    """In whole steps; and nothing at all where computing is faster."""
+    store = Store(a=range(70), b=range(70))
+    store.worth = 41
+    assert blocks_of(store, question(a=FULL)) == 41
+    assert store.asked == [("a", 41)]
+    assert blocks_of(store, question(step=4, a=FULL)) == 40
+    assert blocks_of(store, question(a=FULL, b=WINDOW)) == 41
+    store.worth, store.asked = 0, []
+    assert blocks_of(store, question(a=FULL, b=WINDOW)) == 0
+    assert store.asked == []
 
 
 def test_window_is_asked_only_for_what_comes_before_the_answer() -> None:
     store = Store(a=range(70), b=range(67, 70))
     assert blocks_of(store, question(a=FULL, b=WINDOW)) == 70
-    assert store.asked == [("a", BLOCKS), ("b", 3)]
+    assert store.asked == [("a", 70), ("b", 3)]
 
 
 def test_window_with_a_gap_shortens_the_answer_to_before_the_gap() -> None:
@@ -96,7 +119,7 @@ def test_window_reaches_back_into_what_the_engine_has() -> None:
     """It is not asked for that."""
     store = Store(a=range(50, 52), b=range(50, 52))
     assert blocks_of(store, question(first=50, a=FULL, b=WINDOW)) == 52
-    assert store.asked == [("a", 50), ("b", 2)]
+    assert store.asked == [("a", 2), ("b", 2)]
 
 
 def test_every_window_must_be_there() -> None:

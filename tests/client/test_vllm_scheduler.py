@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from forebay.client.results import LookupResult
 from forebay.client.vllm_layout import Geometry
 from forebay.client.vllm_leases import LEASE_USE_S, LeaseDesk
 from forebay.client.vllm_scheduler import VllmScheduler
@@ -44,6 +45,9 @@ class FakeClient:
         self.asked: list[Sequence[bytes]] = []
         self.entered = threading.Event()
         self.error: Exception | None = None
+
+    def lookup(self, ns: Any, hashes: Sequence[bytes]) -> LookupResult:
+        return LookupResult(len(hashes))
 
     def acquire(self, ns: Any, hashes: Sequence[bytes], ttl_ms: int = 0) -> FakeLease:
         self.entered.set()
