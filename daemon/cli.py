@@ -102,6 +102,7 @@ def _add_tools(commands: Commands) -> None:
     _tool(commands, "check", "verify every invariant of the daemon's state")
     _tool(commands, "advise", "what more memory or drives would hit, save and cost", "forebay.daemon.cli_advise:advise")
     _block_tool(commands, "lookup", "how many leading blocks are stored")
+    _add_record(commands)
     _add_evict(commands)
     _block_tool(commands, "pin", "keep blocks from being evicted")
     _block_tool(commands, "unpin", "let pinned blocks be evicted again")
@@ -111,6 +112,18 @@ def _add_tools(commands: Commands) -> None:
     stat = _tool(commands, "stat", "one line of activity per interval", function="forebay.daemon.cli_stat:stat")
     stat.add_argument("-i", "--interval", type=_interval, default=1.0, metavar="S", help="seconds (default 1)")
     stat.add_argument("-c", "--count", type=_count, default=0, metavar="N", help="lines, then stop (default: endless)")
+
+
+def _add_record(commands: Commands) -> None:
+    text = "write what clients ask for to a trace that `forebay replay` reads; Ctrl-C ends it"
+    record = _tool(commands, "record", text, "forebay.daemon.cli_record:record")
+    record.add_argument("namespace", metavar="NS", type=_hex, nargs="?", help="may be left out where there is but one")
+    record.add_argument(
+        "-o", "--output", metavar="FILE", required=True, help="a new file; compressed if it ends in .gz"
+    )
+    record.add_argument("--seconds", type=_seconds, default=3600.0, metavar="S", help="at most (default 3600)")
+    record.add_argument("--requests", type=_many, default=1_000_000, metavar="N", help="at most (default 1000000)")
+    record.add_argument("--bytes", type=_many, default=1 << 30, metavar="N", help="of lines, at most (default 1 GiB)")
 
 
 def _add_evict(commands: Commands) -> None:
@@ -184,6 +197,17 @@ def _interval(text: str) -> float:
     return found
 
 
+def _seconds(text: str) -> float:
+    found = _positive(text)
+    if not 0.001 <= found <= 7 * 86_400:
+        raise argparse.ArgumentTypeError(f"{text[:80]!r} is not a number of seconds from 0.001 to a week")
+    return found
+
+
+def _many(text: str) -> int:
+    return _whole(text, 1, 1 << 53)
+
+
 def _positive(text: str) -> float:
     try:
         found = float(text)
@@ -203,7 +227,7 @@ def _rank(text: str) -> int:
 
 
 def _whole(text: str, low: int, high: int) -> int:
-    if not (text.isascii() and text.isdecimal() and len(text) < 10 and low <= int(text) <= high):
+    if not (text.isascii() and text.isdecimal() and len(text) < 17 and low <= int(text) <= high):
         raise argparse.ArgumentTypeError(f"{text[:80]!r} is not a whole number from {low} to {high}")
     return int(text)
 

@@ -53,6 +53,8 @@ class Verbs:
             m.ClearRequest: self._clear,
             m.PersistRequest: self._persist,
             m.ReportRequest: self._report,
+            m.RecordRequest: self._record,
+            m.RecordedRequest: self._recorded,
         }
 
     def answer(self, session_id: int, request: m.Request, now: float) -> m.Reply:
@@ -164,6 +166,16 @@ class Verbs:
         if request.copied_bytes and request.copy_us:
             self.store.physics.copied(request.copied_bytes, request.copy_us / 1e6)
         return m.ReportReply()
+
+    def _record(self, session_id: int, request: m.RecordRequest, now: float) -> m.RecordReply:
+        self.store.record(session_id, request.ns, request.for_ms / 1000, request.requests_max, now)
+        return m.RecordReply()
+
+    def _recorded(self, session_id: int, request: m.RecordedRequest, now: float) -> m.RecordedReply:
+        blocks_max = m.TAKEN_BYTES_MAX // m.HASH_BYTES_MAX
+        taken, dropped, ended = self.store.recorded(session_id, blocks_max, now)
+        numbers = m.join_u64(n for each in taken for n in (int(each.after_s * 1e6), len(each.hashes)))
+        return m.RecordedReply(numbers, b"".join(name for each in taken for name in each.hashes), dropped, ended)
 
 
 def _geometry(shard: Shard) -> tuple[int, bytes, int, int, int, int, int]:

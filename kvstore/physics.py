@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from forebay.kvstore.curve import NamespaceCurve, ReuseCurve
 from forebay.kvstore.groups import HOST, NVME, Group
 from forebay.kvstore.planner import NO_PLAN, Demand, Link, Mode, Plan, PrefillRate, plan
+from forebay.kvstore.recording import Recording
 
 SIZES_TOLD = (0.0625, 0.125, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0, 4.0)
 """Of the curve, at these multiples of all tiers' capacity, status and metrics tell."""
@@ -140,6 +141,8 @@ class Physics:
         self._leased = _Recent()
         self._expected: dict[int, tuple[float, float]] = {}
         self._begun_s: float | None = None
+        self.recording: Recording | None = None
+        """Told of each request that is counted, while somebody records."""
 
     # What happens
 
@@ -320,6 +323,8 @@ class Physics:
 
     def _refer(self, group: Group, hashes: Sequence[bytes], rows: Sequence[int], now: float, *, counted: bool) -> None:
         """A chain of which nothing is stored is taken to begin a prompt: who continues one has stored its beginning."""
+        if self.recording is not None:
+            self.recording.add(group, hashes, rows, now)
         depth = group.index.depths[rows[0]] if rows else 0
         self._pend(group, hashes, depth, now, counted=counted)
 

@@ -33,6 +33,7 @@ from forebay.kvstore.movement import Movement, NvmeConfig
 from forebay.kvstore.namespace import NamespaceSpec
 from forebay.kvstore.outcome import Outcome, Scope
 from forebay.kvstore.physics import NOTHING_KNOWN, Physics, PhysicsConfig
+from forebay.kvstore.recording import Recorded, Recording
 from forebay.kvstore.restoration import FoundBlock, Owner, Restoration
 from forebay.kvstore.slabs import FREE, QUARANTINED, RESERVED, RESIDENT, ShardSlots, Slab, SlabFormat, TierSpace
 from forebay.kvstore.stats import Counters, StoreStats, TierStats
@@ -173,6 +174,9 @@ class Store:
             self._end_lease(self._leases[lease_id])
         for reservation_id in list(session.reservations):
             self._give_up(self._reservations[reservation_id])
+        recording = self.physics.recording
+        if recording is not None and recording.session_id == session_id:
+            self.physics.recording = None
         self.counters.sessions_closed += 1
 
     # Namespaces
@@ -509,6 +513,33 @@ class Store:
     def restore_done(self) -> None:
         """All has been found."""
         self._restoration.done()
+
+    # Recording
+
+    def record(self, session_id: int, ns: int, seconds: float, requests_max: int, now: float) -> None:
+        """Begin to keep what is asked of a namespace, for `recorded`; it ends with the session at the latest.
+
+        Raises Forbidden (who is no operator), Busy (another session records).
+        """
+        if not self._session(session_id).operator:
+            raise Forbidden("only an operator may record what others ask for")
+        active = self.physics.recording
+        if active is not None and active.session_id != session_id and not active.ended(now):
+            raise Busy("another session records")
+        group = self.shard(session_id, ns).group
+        self.physics.recording = Recording(session_id, group, now, now + seconds, requests_max)
+
+    def recorded(self, session_id: int, blocks_max: int, now: float) -> tuple[list[Recorded], int, bool]:
+        """The oldest requests that wait, how many were dropped so far, and whether no more will come.
+
+        Raises NotLeased when the session does not record.
+        """
+        recording = self.physics.recording
+        if recording is None or recording.session_id != self._session(session_id).session_id:
+            raise NotLeased("this session does not record")
+        ended = recording.ended(now)
+        taken = recording.take(blocks_max)
+        return taken, recording.dropped, ended and not recording.waiting
 
     # Time, faults, shutdown
 

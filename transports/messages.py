@@ -37,6 +37,9 @@ RANK_MAX = (1 << 10) - 1
 U31_MAX = (1 << 31) - 1
 U63_MAX = (1 << 63) - 1
 REPORTED_MAX = (1 << 48) - 1
+RECORD_MS_MAX = 7 * 24 * 3600 * 1000
+TAKEN_BYTES_MAX = 1 << 20
+"""Of hashes in one reply, unless a single request has more."""
 
 ADVICE = ("", "load", "recompute")
 
@@ -70,6 +73,8 @@ class Verb(IntEnum):
     CLEAR = 19
     PERSIST = 20
     REPORT = 21
+    RECORD = 22
+    RECORDED = 23
 
 
 EvictScope = Scope
@@ -673,6 +678,50 @@ class ReportReply(Reply):
     pass
 
 
+@dataclass(frozen=True, slots=True)
+class RecordRequest(Request):
+    """Keep what is asked of a namespace from now on, for RECORDED; for so long and so many requests at most."""
+
+    verb = Verb.RECORD
+    ns: int
+    for_ms: int
+    requests_max: int
+
+    def check(self) -> None:
+        check_int("ns", self.ns, 1, U63_MAX)
+        check_int("for_ms", self.for_ms, 1, RECORD_MS_MAX)
+        check_int("requests_max", self.requests_max, 1, U63_MAX)
+
+
+@dataclass(frozen=True, slots=True)
+class RecordReply(Reply):
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedRequest(Request):
+    verb = Verb.RECORDED
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedReply(Reply):
+    """The oldest requests that wait: of each a time in us since RECORD and its number of blocks, as two u64.
+
+    `blob` has the hashes of all of them, one request after the other. `dropped` counts from the beginning.
+    """
+
+    requests: bytes
+    blob: bytes
+    dropped: int
+    ended: bool
+
+    def check(self) -> None:
+        check_bytes("requests", self.requests, _U64_BLOB_BYTES_MAX, 16)
+        check_bytes("blob", self.blob, _BLOB_BYTES_MAX)
+        check_int("dropped", self.dropped, 0, U63_MAX)
+        check_bool("ended", self.ended)
+
+
 REQUESTS: dict[Verb, type[Request]] = {
     request.verb: request
     for request in (
@@ -697,6 +746,8 @@ REQUESTS: dict[Verb, type[Request]] = {
         ClearRequest,
         PersistRequest,
         ReportRequest,
+        RecordRequest,
+        RecordedRequest,
     )
 }
 
@@ -722,6 +773,8 @@ REPLIES: dict[Verb, type[Reply]] = {
     Verb.CLEAR: ClearReply,
     Verb.PERSIST: PersistReply,
     Verb.REPORT: ReportReply,
+    Verb.RECORD: RecordReply,
+    Verb.RECORDED: RecordedReply,
 }
 
 REPLY_OF: dict[type[Request], type[Reply]] = {REQUESTS[verb]: reply for verb, reply in REPLIES.items()}

@@ -81,6 +81,8 @@ def test_every_verb_has_an_answer(verbs: Verbs) -> None:
         m.CheckRequest(),
         m.PersistRequest(ns, BLOB),
         m.ReportRequest(100, 0, 1000, 4096, 10),
+        m.RecordRequest(ns, 1000, 10),
+        m.RecordedRequest(),
         m.ClearRequest(True),
     ]
     for request in requests:

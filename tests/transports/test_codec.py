@@ -58,6 +58,8 @@ requests = st.one_of(
     st.builds(m.EvictRequest, u63, st.sampled_from(m.EvictScope), blobs, st.booleans()),
     st.builds(m.ClearRequest, st.booleans()),
     st.builds(m.ReportRequest, *[st.integers(0, m.REPORTED_MAX)] * 5),
+    st.builds(m.RecordRequest, u63, st.integers(1, m.RECORD_MS_MAX), u63),
+    st.just(m.RecordedRequest()),
 )
 replies = st.one_of(
     st.sampled_from([m.PingReply(), m.ReleaseReply(), m.AbortReply()]),
@@ -78,6 +80,7 @@ replies = st.one_of(
     *[st.builds(r, u63) for r in COUNT_REPLIES],
     *[st.builds(r, u63, u63) for r in (m.EvictReply, m.ClearReply)],
     *[st.builds(r, counts, counts) for r in (m.PrefetchReply, m.PersistReply)],
+    st.builds(m.RecordedReply, number_blobs(16), blobs, counts, st.booleans()),
     st.builds(m.StatusReply, names),
     st.builds(m.CheckReply, st.lists(names, max_size=4).map(tuple)),
 )
@@ -218,7 +221,7 @@ def test_another_version_is_told_apart_and_keeps_the_request_id() -> None:
 
 
 def test_an_unknown_verb_keeps_the_request_id() -> None:
-    for verb in (0, 22, 1 << 62):
+    for verb in (0, max(m.Verb) + 1, 1 << 62):
         with pytest.raises(UnknownVerb) as caught:
             codec.decode_request(msgpack.packb([V, verb, 42, TOKEN]))
         assert codec.request_id_of(caught.value) == 42
