@@ -102,6 +102,8 @@ def _add_tools(commands: Commands) -> None:
     _tool(commands, "check", "verify every invariant of the daemon's state")
     _tool(commands, "advise", "what more memory or drives would hit, save and cost", "forebay.daemon.cli_advise:advise")
     _block_tool(commands, "lookup", "how many leading blocks are stored")
+    explain = _block_tool(commands, "explain", "why blocks are where they are, and what a plan would do with them")
+    explain.set_defaults(run="forebay.daemon.cli_explain:explain")
     _add_record(commands)
     _add_evict(commands)
     _block_tool(commands, "pin", "keep blocks from being evicted")

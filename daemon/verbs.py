@@ -6,7 +6,9 @@ out the store's effects and sends the reply.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 from forebay.kvstore.errors import BadRequest
@@ -55,6 +57,7 @@ class Verbs:
             m.ReportRequest: self._report,
             m.RecordRequest: self._record,
             m.RecordedRequest: self._recorded,
+            m.ExplainRequest: self._explain,
         }
 
     def answer(self, session_id: int, request: m.Request, now: float) -> m.Reply:
@@ -176,6 +179,13 @@ class Verbs:
         taken, dropped, ended = self.store.recorded(session_id, blocks_max, now)
         numbers = m.join_u64(n for each in taken for n in (int(each.after_s * 1e6), len(each.hashes)))
         return m.RecordedReply(numbers, b"".join(name for each in taken for name in each.hashes), dropped, ended)
+
+    def _explain(self, session_id: int, request: m.ExplainRequest, now: float) -> m.ExplainReply:
+        width = self.store.shard(session_id, request.ns).group.spec.hash_bytes
+        if len(request.name) != width:
+            raise BadRequest(f"a hash of this namespace has {width} bytes")
+        story = self.store.explain(session_id, request.ns, request.name, now)
+        return m.ExplainReply(json.dumps({} if story is None else asdict(story)))
 
 
 def _geometry(shard: Shard) -> tuple[int, bytes, int, int, int, int, int]:

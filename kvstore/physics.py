@@ -234,16 +234,27 @@ class Physics:
         """
         if not self.prefill.known and self.config.mode is not Mode.NEVER:
             return self._all_of(group, rows, counts)
-        tokens = group.spec.block_tokens
-        runs = [(self.links[tier], count) for tier, count in self._runs(group, rows, counts)]
-        demand = Demand(runs, len(hashes) * tokens, tokens, group.complete_bytes)
-        made = plan(demand, self.prefill, self.config.mode)
+        made = self.weigh(group, hashes, rows, counts)
         if rows:
             plans = self.plans
             plans.load += made.blocks == len(rows)
             plans.part += 0 < made.blocks < len(rows)
             plans.recompute += made.blocks == 0
         return made
+
+    def weigh(self, group: Group, hashes: Sequence[bytes], rows: Sequence[int], counts: Sequence[int]) -> Plan:
+        """As `plan`, with its table, and without counting it."""
+        tokens = group.spec.block_tokens
+        runs = [(self.links[tier], count) for tier, count in self._runs(group, rows, counts)]
+        demand = Demand(runs, len(hashes) * tokens, tokens, group.complete_bytes)
+        return plan(demand, self.prefill, self.config.mode)
+
+    def link_stats(self) -> tuple[LinkStats, ...]:
+        """What plans take the links for now."""
+        return tuple(
+            LinkStats(link.name, link.bytes_per_s(1 << 20) / 1e9, link.latency_s, link.queued_bytes)
+            for link in self.links
+        )
 
     def _all_of(self, group: Group, rows: Sequence[int], counts: Sequence[int]) -> Plan:
         """What `plan` would say where nothing is known of prefills, in a third of the time."""
@@ -279,10 +290,7 @@ class Physics:
         return PhysicsStats(
             savings=replace(self.savings),
             plans=replace(self.plans, eta_errors=list(self.plans.eta_errors)),
-            links=tuple(
-                LinkStats(link.name, link.bytes_per_s(1 << 20) / 1e9, link.latency_s, link.queued_bytes)
-                for link in self.links
-            ),
+            links=self.link_stats(),
             prefill_samples=self.prefill.samples,
             prefill_line=self.prefill.line,
             curve=tuple(self.point(size, now) for size in sizes),

@@ -26,6 +26,7 @@ from forebay.kvstore.errors import (
     UnknownSession,
 )
 from forebay.kvstore.eviction.policies import PolicyMaker, lru
+from forebay.kvstore.explanation import BlockStory, explain
 from forebay.kvstore.groups import HOST, NVME, Effects, Group, Room, Shard
 from forebay.kvstore.index import NO_ROW
 from forebay.kvstore.leases import Deadlines, Lease, Reservation, Session
@@ -513,6 +514,16 @@ class Store:
     def restore_done(self) -> None:
         """All has been found."""
         self._restoration.done()
+
+    # Explaining
+
+    def explain(self, session_id: int, ns: int, name: bytes, now: float) -> BlockStory | None:
+        """What is known of a block, None where nothing is. Raises Forbidden (who is no operator)."""
+        if not self._session(session_id).operator:
+            raise Forbidden("only an operator may ask why a block is where it is")
+        group = self.shard(session_id, ns).group
+        tiers = tuple(tier.name for tier in self.tiers)
+        return explain(group, self.physics, self._leases.values(), tiers, name, now)
 
     # Recording
 

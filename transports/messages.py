@@ -75,6 +75,7 @@ class Verb(IntEnum):
     REPORT = 21
     RECORD = 22
     RECORDED = 23
+    EXPLAIN = 24
 
 
 EvictScope = Scope
@@ -722,6 +723,29 @@ class RecordedReply(Reply):
         check_bool("ended", self.ended)
 
 
+@dataclass(frozen=True, slots=True)
+class ExplainRequest(Request):
+    """Why a block is where it is."""
+
+    verb = Verb.EXPLAIN
+    ns: int
+    name: bytes
+
+    def check(self) -> None:
+        check_int("ns", self.ns, 1, U63_MAX)
+        check_exact("name", self.name, *range(HASH_BYTES_MIN, HASH_BYTES_MAX + 1))
+
+
+@dataclass(frozen=True, slots=True)
+class ExplainReply(Reply):
+    """JSON text, an object; without members where nothing is known of the block."""
+
+    document: str
+
+    def check(self) -> None:
+        check_text("document", self.document, STATUS_CHARS_MAX)
+
+
 REQUESTS: dict[Verb, type[Request]] = {
     request.verb: request
     for request in (
@@ -748,6 +772,7 @@ REQUESTS: dict[Verb, type[Request]] = {
         ReportRequest,
         RecordRequest,
         RecordedRequest,
+        ExplainRequest,
     )
 }
 
@@ -775,6 +800,7 @@ REPLIES: dict[Verb, type[Reply]] = {
     Verb.REPORT: ReportReply,
     Verb.RECORD: RecordReply,
     Verb.RECORDED: RecordedReply,
+    Verb.EXPLAIN: ExplainReply,
 }
 
 REPLY_OF: dict[type[Request], type[Reply]] = {REQUESTS[verb]: reply for verb, reply in REPLIES.items()}

@@ -131,6 +131,11 @@ class LruPolicy:
     def oldest_touch(self) -> float | None:
         return self._ring.newer.touched if self._pieces else None
 
+    def touched(self, row: int) -> float | None:
+        """When a row was last asked for, None where it is not known here."""
+        piece = self._find(row)
+        return None if piece is None else piece.touched
+
     def check(self, rows: Iterable[int]) -> Iterator[str]:
         seen: set[int] = set()
         pieces = 0

@@ -60,6 +60,7 @@ requests = st.one_of(
     st.builds(m.ReportRequest, *[st.integers(0, m.REPORTED_MAX)] * 5),
     st.builds(m.RecordRequest, u63, st.integers(1, m.RECORD_MS_MAX), u63),
     st.just(m.RecordedRequest()),
+    st.builds(m.ExplainRequest, u63, st.binary(min_size=16, max_size=32)),
 )
 replies = st.one_of(
     st.sampled_from([m.PingReply(), m.ReleaseReply(), m.AbortReply()]),
@@ -80,6 +81,7 @@ replies = st.one_of(
     *[st.builds(r, u63) for r in COUNT_REPLIES],
     *[st.builds(r, u63, u63) for r in (m.EvictReply, m.ClearReply)],
     *[st.builds(r, counts, counts) for r in (m.PrefetchReply, m.PersistReply)],
+    st.builds(m.ExplainReply, names),
     st.builds(m.RecordedReply, number_blobs(16), blobs, counts, st.booleans()),
     st.builds(m.StatusReply, names),
     st.builds(m.CheckReply, st.lists(names, max_size=4).map(tuple)),
