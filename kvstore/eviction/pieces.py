@@ -29,9 +29,12 @@ class Piece:
     kind: its class, and the ring it is in while a block is resident.
     shared: how many requests have left its path after it, to continue otherwise.
     turn, chain: of the request that touched it: how many it continues, and its length in blocks.
+    place: in `Pieces.all`.
     """
 
-    __slots__ = ("chain", "kind", "live", "names", "newer", "older", "rows", "shared", "start", "touched", "turn")
+    __slots__ = (
+        *("chain", "kind", "live", "names", "newer", "older", "place", "rows", "shared", "start", "touched", "turn"),
+    )
 
     def __init__(self, start: int, kind: int) -> None:
         self.start = start
@@ -43,6 +46,7 @@ class Piece:
         self.shared = 0
         self.turn = 0
         self.chain = 0
+        self.place = -1
         self.older: Piece = self
         self.newer: Piece = self
 
@@ -56,7 +60,9 @@ class Pieces:
         self.rings = [Piece(0, kind) for kind in range(kinds)]
         """Sentinels: `ring.newer` is the oldest piece of its class, `ring.older` the newest."""
         self.known: dict[bytes, Piece] = {}
-        self.all: dict[Piece, None] = {}
+        self.all: list[Piece] = []
+        self.unswept = 0
+        """So many of them, the leading ones, `sweep` has still to give."""
         self.live = 0
         self._dead: dict[Piece, None] = {}
         """Pieces that are ghosts altogether, first those that have been so for longest."""
@@ -98,7 +104,8 @@ class Pieces:
     def new(self, start: int, kind: int, now: float) -> Piece:
         piece = Piece(start, kind)
         piece.touched = now
-        self.all[piece] = self._dead[piece] = None
+        self._enter(piece)
+        self._dead[piece] = None
         return piece
 
     def extend(self, piece: Piece, names: Sequence[bytes]) -> None:
@@ -114,7 +121,7 @@ class Pieces:
         rest.names, rest.rows = piece.names[blocks:], piece.rows[blocks:]
         rest.touched, rest.shared, rest.turn, rest.chain = piece.touched, piece.shared, piece.turn, piece.chain
         rest.live = len(rest.rows) - rest.rows.count(NO_ROW)
-        self.all[rest] = None
+        self._enter(rest)
         self.known.update(dict.fromkeys(rest.names, rest))
         del piece.names[blocks:], piece.rows[blocks:]
         if rest.live:
@@ -137,7 +144,7 @@ class Pieces:
                 _link(piece, self.rings[piece.kind].older)
         else:
             self._dead.pop(following)
-        del self.all[following]
+        self._leave(following)
         piece.names += following.names
         self.known.update(dict.fromkeys(following.names, piece))
 
@@ -190,7 +197,8 @@ class Pieces:
     def forget(self, piece: Piece) -> None:
         """Know nothing more of a piece that is all ghosts."""
         self._cut_off(piece, 0)
-        del self.all[piece], self._dead[piece]
+        self._leave(piece)
+        del self._dead[piece]
 
     def unname(self, name: bytes) -> None:
         """Forget a ghost that turns out to be a block of another depth, and all that came after it."""
@@ -210,9 +218,39 @@ class Pieces:
             del self.known[name]
         del piece.names[keep:]
 
+    def sweep_anew(self) -> None:
+        """From here on `sweep` gives each piece that there is now, once, unless it is gone by then."""
+        self.unswept = len(self.all)
+
+    def sweep(self, most: int) -> Iterator[Piece]:
+        """The next pieces. The piece at hand may be forgotten, or others joined, meanwhile."""
+        for _ in range(most):
+            if not self.unswept:
+                return
+            self.unswept -= 1
+            yield self.all[self.unswept]
+
+    def _enter(self, piece: Piece) -> None:
+        piece.place = len(self.all)
+        self.all.append(piece)
+
+    def _leave(self, piece: Piece) -> None:
+        """Fill its place with the last that is unswept, and that one's with the last of all."""
+        if piece.place < self.unswept:
+            self.unswept -= 1
+            self._exchange(piece, self.all[self.unswept])
+        self._exchange(piece, self.all[-1])
+        self.all.pop()
+
+    def _exchange(self, one: Piece, other: Piece) -> None:
+        one.place, other.place = other.place, one.place
+        self.all[one.place], self.all[other.place] = one, other
+
     def check(self) -> Iterator[str]:
         """Yield each violated invariant."""
         names = live = 0
+        if any(piece.place != at for at, piece in enumerate(self.all)) or not 0 <= self.unswept <= len(self.all):
+            yield "a piece is not in its place"
         for piece in self.all:
             names += len(piece.names)
             resident = len(piece.rows) - piece.rows.count(NO_ROW)

@@ -6,13 +6,14 @@ import hashlib
 import sys
 import time
 import tracemalloc
+from array import array
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from forebay.kvstore.eviction import BYPASS
-from forebay.kvstore.eviction.hazard import HazardPolicy
+from forebay.kvstore.eviction.hazard import REFRESH_REQUESTS, STRIDE_MAX, HazardPolicy
 from forebay.kvstore.eviction.lru import LruPolicy
 from forebay.kvstore.eviction.pieces import GHOSTS_MIN, GHOSTS_PER_BLOCK
 from forebay.kvstore.index import BlockIndex
@@ -276,3 +277,17 @@ def test_reference_costs_little() -> None:
     each_us = spent / references * 1e6
     print(f"{each_us:.2f} us a reference")
     assert each_us <= 10
+
+
+def test_a_request_counts_no_more_pieces_than_the_stride() -> None:
+    """However many there are, no request pays for all; the indices come later then."""
+    policy = HazardPolicy(array("i"), array("i"), [])
+    pieces = policy._pieces
+    for number in range(300 * STRIDE_MAX):
+        pieces.extend(pieces.new(0, 5, 0.0), [b"%d" % number])
+    for _ in range(REFRESH_REQUESTS):
+        policy._learn()
+    whole = pieces.unswept
+    for _ in range(10):
+        policy._learn()
+    assert whole - pieces.unswept == 10 * STRIDE_MAX
