@@ -309,6 +309,16 @@ class AsyncClient:
         ns.check_hashes(hashes)
         return await self._run(lambda attachment: core.done(attachment, ns, hashes), 0)
 
+    async def expect(self, ns: Namespace, hashes: Sequence[bytes], within_s: float) -> int:
+        """Hint: these blocks will be asked for again within so long, as after a tool has run: keep them in memory.
+
+        Returns how many leading ones are kept: a quarter of what the namespace has in memory, at most. Raises
+        BadRequest unless it is from 0.001 to 3600 s.
+        """
+        ns.check_hashes(hashes)
+        within_ms = core.within_ms(within_s)
+        return await self._run(lambda attachment: core.announce(attachment, ns, hashes, within_ms), 0)
+
     # Telling
 
     async def ping(self) -> bool:

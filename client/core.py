@@ -40,6 +40,7 @@ from forebay.client.results import (
 from forebay.client.segments import Addresses, SegmentTable
 from forebay.kvstore.errors import BadRequest, ForebayError, Internal, PeerError, PeerLost, UnknownSession
 from forebay.transports.messages import (
+    EXPECT_MS_MAX,
     AbortReply,
     AbortRequest,
     AcquireReply,
@@ -51,6 +52,8 @@ from forebay.transports.messages import (
     EvictReply,
     EvictRequest,
     EvictScope,
+    ExpectReply,
+    ExpectRequest,
     FindNamespaceReply,
     FindNamespaceRequest,
     LookupReply,
@@ -326,6 +329,25 @@ def touch(attachment: Attachment, ns: Namespace, hashes: Sequence[bytes]) -> Ste
 
 def done(attachment: Attachment, ns: Namespace, hashes: Sequence[bytes]) -> Steps[int]:
     return (yield from _counted(attachment, ns, hashes, DoneRequest, DoneReply))
+
+
+def announce(attachment: Attachment, ns: Namespace, hashes: Sequence[bytes], within_ms: int) -> Steps[int]:
+    """Says that leading blocks will be asked for again, until one is not kept; returns how many are."""
+    handle = yield from open_namespace(attachment, ns)
+    kept = 0
+    for part in _parts(hashes, attachment.hashes_max(ns)):
+        reply = yield from call(ExpectRequest(handle.ns, b"".join(part), within_ms), ExpectReply)
+        kept += reply.count
+        if reply.count < len(part):
+            break
+    return kept
+
+
+def within_ms(within_s: float) -> int:
+    """Raises BadRequest unless it is a time from 1 ms to an hour."""
+    if not 0.001 <= within_s <= EXPECT_MS_MAX / 1000:
+        raise BadRequest(f"within_s must be from 0.001 to {EXPECT_MS_MAX // 1000}, not {within_s}")
+    return int(within_s * 1000)
 
 
 def evict(

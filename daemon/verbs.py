@@ -58,6 +58,7 @@ class Verbs:
             m.RecordRequest: self._record,
             m.RecordedRequest: self._recorded,
             m.ExplainRequest: self._explain,
+            m.ExpectRequest: self._expect,
         }
 
     def answer(self, session_id: int, request: m.Request, now: float) -> m.Reply:
@@ -142,6 +143,10 @@ class Verbs:
     def _done(self, session_id: int, request: m.DoneRequest, now: float) -> m.DoneReply:
         hashes = self._hashes(session_id, request.ns, request.blob)
         return m.DoneReply(self.store.done(session_id, request.ns, hashes))
+
+    def _expect(self, session_id: int, request: m.ExpectRequest, now: float) -> m.ExpectReply:
+        hashes = self._hashes(session_id, request.ns, request.blob)
+        return m.ExpectReply(self.store.expect(session_id, request.ns, hashes, request.within_ms / 1000, now))
 
     def _prefetch(self, session_id: int, request: m.PrefetchRequest, now: float) -> m.PrefetchReply:
         hashes = self._hashes(session_id, request.ns, request.blob)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from enum import IntEnum
+from heapq import heappop, heappush
 
 from forebay.kvstore.eviction import BYPASS, EvictionPolicy
 from forebay.kvstore.eviction.policies import Place, PolicyMaker, lru
@@ -16,6 +17,9 @@ from forebay.kvstore.stats import Counters, NamespaceStats
 HOST, NVME = 0, 1
 """Numbers of the tiers in an index: fastest first."""
 
+EXPECTED_SHARE = 0.25
+"""Of a namespace's blocks in memory, so many are kept for clients that said they would ask for them again."""
+_EXPECTATIONS_MAX = 4096
 _FORCED_LOOK = 64
 """Coldest rows that are looked at first, before all others are."""
 
@@ -189,6 +193,10 @@ class Group:
         self.evicted_unwritten = 0
         self._effects = effects
         self._counters = counters
+        self._expected: dict[bytes, float] = {}
+        """Names of blocks that stay in memory, and until when."""
+        self._expectations: list[tuple[float, list[bytes]]] = []
+        """A heap of what was asked for: until when, and for which names."""
         self.begin_anew()
 
     def begin_anew(self) -> None:
@@ -200,6 +208,7 @@ class Group:
         self.declined: set[int] = set()
         """Rows in host memory that were found not to be worth a write."""
         self._nothing_evictable = [False] * self._tiers
+        self._expected.clear()
 
     def is_idle(self) -> bool:
         """No block is leased, pinned or being written, and no late writer may still write into a slot."""
@@ -237,6 +246,8 @@ class Group:
             return False
         if index.holds[row]:
             return None if len(self.policies) > 1 and index.is_coming_to(row, NVME) else False
+        if self._expected and index.hashes[row] in self._expected:
+            return False
         return self.stays_without(row, HOST) or not index.has_child(row)
 
     def _may_leave(self, tier: int) -> Callable[[int], bool | None]:
@@ -266,6 +277,9 @@ class Group:
         if self._nothing_evictable[tier]:
             return Room.NONE
         row = self.policies[tier].victim(self._may_leave(tier), newcomer)
+        if row is None and tier == HOST and self._expected:
+            self._expected.clear()  # a hint never costs a store
+            row = self.policies[tier].victim(self._may_leave(tier), newcomer)
         if row == BYPASS:
             return Room.DECLINED
         if row is not None:
@@ -327,6 +341,38 @@ class Group:
         if any(index.holds[each] or index.pinned[each] or index.is_in(each, HOST) for each in rows):
             return None
         return sorted(filter(index.is_resident, rows), key=lambda each: -index.depths[each])
+
+    def expect(self, rows: Sequence[int], until: float) -> int:
+        """Keep the leading blocks in memory until then; returns how many are: less than all beyond the share, none
+        where too many such calls are remembered. Else at least one is.
+        """
+        if len(self._expectations) >= _EXPECTATIONS_MAX:
+            return 0
+        room = max(1, int(EXPECTED_SHARE * (self.resident_bytes() // self.complete_bytes))) - len(self._expected)
+        kept: list[bytes] = []
+        for name in map(self.index.hashes.__getitem__, rows):
+            assert name is not None, "a complete block without a name"
+            room -= name not in self._expected
+            if room < 0:
+                break
+            self._expected[name] = max(until, self._expected.get(name, until))
+            kept.append(name)
+        if kept:
+            heappush(self._expectations, (until, kept))
+        return len(kept)
+
+    def end_expected(self, now: float) -> None:
+        """Blocks whose time has come may go as others do."""
+        while self._expectations and self._expectations[0][0] <= now:
+            for name in heappop(self._expectations)[1]:
+                if self._expected.get(name, now) <= now:
+                    self._expected.pop(name, None)
+        self._look_again()
+
+    @property
+    def expected_until(self) -> float | None:
+        """When `end_expected` has something to do."""
+        return self._expectations[0][0] if self._expectations else None
 
     def hold(self, rows: Iterable[int]) -> None:
         """A reader holds these rows; `unhold` gives them up."""

@@ -140,6 +140,7 @@ class Store:
         self._last_asked_s = 0.0
         self._lease_deadlines = Deadlines()
         self._reservation_deadlines = Deadlines()
+        self._expected_deadlines = Deadlines()
         self.movement: Movement | None = None
         if config.nvme is not None:
             host, nvme = self._allocators
@@ -455,6 +456,18 @@ class Store:
             policy.demote(rows)
         return len(rows)
 
+    def expect(self, session_id: int, ns: int, hashes: Sequence[bytes], within_s: float, now: float) -> int:
+        """Hint: these blocks will be asked for within so long; the leading ones stay in memory until then.
+
+        Returns how many do: together at most `EXPECTED_SHARE` of what the namespace has in memory. A store that finds
+        no other room ends that, and so does no session.
+        """
+        group = self.shard(session_id, ns).group
+        kept = group.expect(group.index.walk(hashes), now + within_s)
+        if kept:
+            self._await_expected(ns, group)
+        return kept
+
     # Between tiers
 
     def persist(self, session_id: int, ns: int, hashes: Sequence[bytes], now: float) -> Durability:
@@ -556,8 +569,8 @@ class Store:
 
     def next_deadline(self) -> float | None:
         """When `expire` has something to do."""
-        times = [t for t in (self._lease_deadlines.next(), self._reservation_deadlines.next()) if t is not None]
-        return min(times, default=None)
+        kinds = (self._lease_deadlines, self._reservation_deadlines, self._expected_deadlines)
+        return min((t for kind in kinds if (t := kind.next()) is not None), default=None)
 
     def expire(self, now: float) -> None:
         """End leases whose time has come; give up late writers' blocks, but not their slots."""
@@ -570,6 +583,11 @@ class Store:
             for row, slot_id in zip(reservation.rows, reservation.slots, strict=True):
                 reservation.shard.group.abort(reservation.shard, row, slot_id, quarantine=True)
             self.counters.expired_reservations += 1
+        for ns in self._expected_deadlines.due(now):
+            shard = self._shards.get(ns)
+            if shard is not None:
+                shard.group.end_expected(now)
+                self._await_expected(ns, shard.group)
 
     def drain(self) -> None:
         """Shutting down: no new leases or slots; what is under way may finish."""
@@ -734,6 +752,11 @@ class Store:
         if not covered:
             self.movement.let_go(lease)
         return covered > 0
+
+    def _await_expected(self, ns: int, group: Group) -> None:
+        self._expected_deadlines.remove(ns)
+        if group.expected_until is not None:
+            self._expected_deadlines.add(ns, group.expected_until)
 
     def _stir(self, group: Group, now: float) -> None:
         self._last_asked_s = now

@@ -37,6 +37,7 @@ RANK_MAX = (1 << 10) - 1
 U31_MAX = (1 << 31) - 1
 U63_MAX = (1 << 63) - 1
 REPORTED_MAX = (1 << 48) - 1
+EXPECT_MS_MAX = 3600 * 1000
 RECORD_MS_MAX = 7 * 24 * 3600 * 1000
 TAKEN_BYTES_MAX = 1 << 20
 """Of hashes in one reply, unless a single request has more."""
@@ -76,6 +77,7 @@ class Verb(IntEnum):
     RECORD = 22
     RECORDED = 23
     EXPLAIN = 24
+    EXPECT = 25
 
 
 EvictScope = Scope
@@ -746,6 +748,26 @@ class ExplainReply(Reply):
         check_text("document", self.document, STATUS_CHARS_MAX)
 
 
+@dataclass(frozen=True, slots=True)
+class ExpectRequest(Request):
+    """Hint: the leading blocks will be asked for again within `within_ms`."""
+
+    verb = Verb.EXPECT
+    ns: int
+    blob: bytes
+    within_ms: int
+
+    def check(self) -> None:
+        check_int("ns", self.ns, 1, U63_MAX)
+        check_bytes("blob", self.blob, _BLOB_BYTES_MAX)
+        check_int("within_ms", self.within_ms, 1, EXPECT_MS_MAX)
+
+
+@dataclass(frozen=True, slots=True)
+class ExpectReply(_CountReply):
+    """Leading blocks that stay in memory until then."""
+
+
 REQUESTS: dict[Verb, type[Request]] = {
     request.verb: request
     for request in (
@@ -773,6 +795,7 @@ REQUESTS: dict[Verb, type[Request]] = {
         RecordRequest,
         RecordedRequest,
         ExplainRequest,
+        ExpectRequest,
     )
 }
 
@@ -801,6 +824,7 @@ REPLIES: dict[Verb, type[Reply]] = {
     Verb.RECORD: RecordReply,
     Verb.RECORDED: RecordedReply,
     Verb.EXPLAIN: ExplainReply,
+    Verb.EXPECT: ExpectReply,
 }
 
 REPLY_OF: dict[type[Request], type[Reply]] = {REQUESTS[verb]: reply for verb, reply in REPLIES.items()}

@@ -202,6 +202,10 @@ def test_hints_pins_and_removals_answer_counts(make_shell: MakeShell, daemon: An
     shell.store(ns, hashes, table(paged()))
     assert shell.touch(ns, hashes) == BLOCKS
     assert shell.done(ns, hashes) == BLOCKS
+    assert 1 <= shell.expect(ns, hashes, 0.5) <= BLOCKS
+    for wrong in (0, -1, 3601, float("nan")):
+        with pytest.raises(BadRequest, match="within_s"):
+            shell.expect(ns, hashes, wrong)
     assert shell.prefetch(ns, hashes).resident == BLOCKS
     assert shell.pin(ns, hashes[:2]) == 2
     assert shell.evict(ns, scope=EvictScope.NAMESPACE).removed == BLOCKS - 2
@@ -809,7 +813,7 @@ def everything_misses(shell: Any, ns: Any) -> None:
     assert shell.prefetch(ns, hashes).resident == 0
     assert shell.persist(ns, hashes) == PersistResult(0, 0)
     assert (shell.pin(ns, hashes), shell.unpin(ns, hashes)) == (0, 0)
-    assert (shell.touch(ns, hashes), shell.done(ns, hashes)) == (0, 0)
+    assert (shell.touch(ns, hashes), shell.done(ns, hashes), shell.expect(ns, hashes, 1.0)) == (0, 0, 0)
     assert shell.evict(ns, hashes).removed == 0
     assert shell.clear().removed == 0
     assert not shell.ping()

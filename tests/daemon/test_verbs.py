@@ -83,6 +83,7 @@ def test_every_verb_has_an_answer(verbs: Verbs) -> None:
         m.ReportRequest(100, 0, 1000, 4096, 10),
         m.RecordRequest(ns, 1000, 10),
         m.RecordedRequest(),
+        m.ExpectRequest(ns, BLOB, 1000),
         m.ExplainRequest(ns, HASHES[0]),
         m.ClearRequest(True),
     ]

@@ -503,6 +503,10 @@ class FakeDaemon:
         space, hashes = self._hashes(request)
         return m.DoneReply(len(space.leading(hashes)))
 
+    def _expect(self, token: bytes, request: m.ExpectRequest) -> m.Reply:
+        space, hashes = self._hashes(request)
+        return m.ExpectReply(len(space.leading(hashes)))
+
     def _prefetch(self, token: bytes, request: m.PrefetchRequest) -> m.Reply:
         space, hashes = self._hashes(request)
         return m.PrefetchReply(len(space.leading(hashes)), 0)
