@@ -114,6 +114,8 @@ def _leaving(group: Group, row: int) -> str:
         return "no, it is pinned"
     if index.holds[row]:
         return "no, it is leased, being copied or being written"
+    if group.is_expected(row):
+        return "no, a client expects to ask for it"
     if not group.evictable(row):
         return "not before the blocks that continue it"
     return "yes"

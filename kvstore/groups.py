@@ -246,7 +246,7 @@ class Group:
             return False
         if index.holds[row]:
             return None if len(self.policies) > 1 and index.is_coming_to(row, NVME) else False
-        if self._expected and index.hashes[row] in self._expected:
+        if self._expected and self.is_expected(row):
             return False
         return self.stays_without(row, HOST) or not index.has_child(row)
 
@@ -368,6 +368,10 @@ class Group:
                 if self._expected.get(name, now) <= now:
                     self._expected.pop(name, None)
         self._look_again()
+
+    def is_expected(self, row: int) -> bool:
+        """A client said that it will ask for this block, and its time has not passed."""
+        return self.index.hashes[row] in self._expected
 
     @property
     def expected_until(self) -> float | None:

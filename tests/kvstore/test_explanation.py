@@ -76,6 +76,13 @@ def test_of_an_unknown_block_nothing_is_told_and_only_operators_may_ask() -> Non
         made.store.explain(made.session, made.ns, chain("none", 1)[0], 0.0)
 
 
+def test_an_expected_block_may_not_leave() -> None:
+    made = world()
+    made.write(chain("a", 1))
+    made.store.expect(made.session, made.ns, chain("a", 1), 5.0, made.now)
+    assert story(made, chain("a", 1)[0]).leaving == "no, a client expects to ask for it"
+
+
 def test_lru_tells_when_a_block_was_asked_for_and_pins_are_told() -> None:
     made = world()
     made.write(chain("a", 1))
