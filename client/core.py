@@ -88,9 +88,10 @@ BATCH_BLOCKS = 256
 """A store reserves at most this much at a time, so that a long one neither hoards slots nor starves others."""
 
 FETCH_DEADLINE_MS = 30_000.0
+"""How long a fetch takes at most, unless it says otherwise: as long as a lease lives by default."""
+
 COPIED_BYTES_MIN, COPIED_EVERY_S = 1 << 20, 0.25
 """The daemon is told of fetches of so many bytes, and not more often."""
-"""How long a fetch takes at most, unless it says otherwise: as long as a lease lives by default."""
 
 PERSIST_PAUSE_S = 0.002
 PERSIST_PAUSE_MAX_S = 0.25

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
+from forebay.client.copier import Copier
+from forebay.client.device_copier import DeviceCopier
 from forebay.client.results import ClientStats, FetchResult, StoreResult, reason_of
 from forebay.kvstore.errors import ForebayError, PeerLost, Timeout
 
@@ -48,7 +50,9 @@ class Counters:
         self.stored_blocks += result.committed
         self.stored_bytes += result.bytes
 
-    def snapshot(self, *, breaker: str, attached: bool) -> ClientStats:
+    def snapshot(self, copier: Copier, *, breaker: str, attached: bool) -> ClientStats:
+        engines = copier.engines().values() if isinstance(copier, DeviceCopier) else ()
+        pinned = [engine.pinned.status() for engine in engines]
         return ClientStats(
             calls=self.calls,
             unavailable=self.unavailable,
@@ -59,6 +63,8 @@ class Counters:
             stored_bytes=self.stored_bytes,
             stale_fetches=self.stale_fetches,
             corrupt_fetches=self.corrupt_fetches,
+            pinned_bytes=sum(status.pinned for status in pinned),
+            pin_refused=next((status.refused for status in pinned if status.refused), ""),
             errors=dict(self.errors),
             breaker=breaker,
             attached=attached,

@@ -151,6 +151,8 @@ class ClientStats:
         attachments: sessions opened; more than one means that the daemon was restarted or lost.
         stale_fetches: fetches that ended at a block given away meanwhile; corrupt_fetches: at one whose bytes were
             not those of its checksum.
+        pinned_bytes: memory of the daemon's that GPUs reach by themselves, as of now; pin_refused: why other memory of
+            its could not be pinned, and is copied once more on the CPU: the last reason, empty where none was.
         errors: name of the error, as in a result's `reason` -> how often it became a miss.
     """
 
@@ -163,6 +165,8 @@ class ClientStats:
     stored_bytes: int = 0
     stale_fetches: int = 0
     corrupt_fetches: int = 0
+    pinned_bytes: int = 0
+    pin_refused: str = ""
     errors: dict[str, int] = field(default_factory=dict)
     breaker: str = "closed"
     attached: bool = False

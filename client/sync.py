@@ -348,7 +348,7 @@ class Client:
     def stats(self) -> ClientStats:
         """Totals of this client; asks nobody."""
         attached = self._link is not None and self._link.fault is None
-        return self._counters.snapshot(breaker=self._breaker.state, attached=attached)
+        return self._counters.snapshot(self._copier, breaker=self._breaker.state, attached=attached)
 
     # Life
 

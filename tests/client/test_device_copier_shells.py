@@ -152,6 +152,22 @@ def test_a_flipped_bit_in_a_slot_is_corrupt_on_the_gpu(make_gpu: MakeGpu, fake: 
     assert gpu.fetch() == FetchResult(6, 6 * 6000, "corrupt")
 
 
+def test_stats_tell_what_is_pinned_and_why_something_is_not(make_gpu: MakeGpu, daemon: Any) -> None:
+    gpu = make_gpu(daemon)
+    assert (gpu.shell.stats().pinned_bytes, gpu.shell.stats().pin_refused) == (0, "")
+    gpu.wait(gpu.shell.prepare(0))
+    gpu.devices.devices[0].refuse = "memlock"
+    gpu.store()
+    assert gpu.pinned.wait(5)
+    stats = gpu.shell.stats()
+    assert stats.pinned_bytes == 0
+    assert "memlock" in stats.pin_refused
+    other = make_gpu(daemon)
+    assert other.fetch().blocks == BLOCKS
+    assert other.pinned.wait(5)
+    assert other.shell.stats().pinned_bytes == other.pinned.status().pinned > 0
+
+
 def test_a_slab_that_the_daemon_took_back_is_unpinned(make_gpu: MakeGpu, fake: FakeDaemon) -> None:
     gpu = make_gpu(fake)
     gpu.store()
