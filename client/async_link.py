@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from forebay.client.conversation import Conversation
 from forebay.client.copier import Copier, CopyTimeout
 from forebay.client.core import Action, Attachment, Await, Compute, Copy, CopyAhead, Exchange, Map, Pause, Steps, undo
+from forebay.client.device_copier import pinned_by
 from forebay.client.link import attach, held_open, map_slab, nothing_told
 from forebay.client.loads import Progress
 from forebay.client.options import ClientOptions
@@ -42,6 +43,7 @@ class AsyncLink:
         self._session, self._control = session, control
         welcome = session.welcome
         self.attachment = Attachment(welcome.max_message_bytes, welcome.max_hashes)
+        self.attachment.pinned = lambda: pinned_by(copier)
         self.fault: ForebayError | None = None
         self._copier = copier
         self._timeout_s = options.timeout_ms / 1000

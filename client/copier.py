@@ -17,7 +17,7 @@ import itertools
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -77,6 +77,13 @@ class CopyPlan:
     owners: tuple[object, ...]
     stream: int | None = LEGACY_STREAM
     sums: NDArray[np.uint64] | None = None
+
+
+class Pinned(NamedTuple):
+    """What GPUs reach by themselves of the daemon's memory, and why they do not reach other: '' if none was refused."""
+
+    size_bytes: int = 0
+    refused: str = ""
 
 
 class Copier(Protocol):

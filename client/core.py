@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from forebay.client import checksums
-from forebay.client.copier import LEGACY_STREAM, CopyPlan, CopyTimeout
+from forebay.client.copier import LEGACY_STREAM, CopyPlan, CopyTimeout, Pinned
 from forebay.client.loads import NOTHING, Loads, Progress
 from forebay.client.namespaces import Namespace
 from forebay.client.options import Planning
@@ -41,6 +41,7 @@ from forebay.client.segments import Addresses, SegmentTable
 from forebay.kvstore.errors import BadRequest, ForebayError, Internal, PeerError, PeerLost, UnknownSession
 from forebay.transports.messages import (
     EXPECT_MS_MAX,
+    REFUSED_CHARS_MAX,
     AbortReply,
     AbortRequest,
     AcquireReply,
@@ -61,6 +62,7 @@ from forebay.transports.messages import (
     OpenNamespaceReply,
     PersistReply,
     PersistRequest,
+    PinnedRequest,
     PinReply,
     PinRequest,
     PrefetchReply,
@@ -190,6 +192,8 @@ class Attachment:
     slabs: dict[tuple[int, int], SlabMapping] = field(default_factory=dict)
     loads: Loads = field(default_factory=Loads)
     copies_told_s: float = float("-inf")
+    pinned: Callable[[], Pinned] = Pinned
+    pinned_told: Pinned = field(default_factory=Pinned)
 
     def take(self, notice: Notice) -> None:
         """What the daemon told: a lease is further, or a slab was taken back.
@@ -299,6 +303,14 @@ def report(
     request = ReportRequest(computed_tokens, depth_tokens, int(compute_s * 1e6), copied_bytes, int(copy_s * 1e6))
     yield from call(request, ReportReply)
     return True
+
+
+def tell_pinned(attachment: Attachment) -> Steps[None]:
+    """Tell the daemon what GPUs reach by themselves, if that changed: its status and metrics say it."""
+    pinned = attachment.pinned()
+    if pinned != attachment.pinned_told:
+        attachment.pinned_told = pinned
+        yield Post(PinnedRequest(pinned.size_bytes, pinned.refused[:REFUSED_CHARS_MAX]))
 
 
 def prefetch(attachment: Attachment, ns: Namespace, hashes: Sequence[bytes]) -> Steps[PrefetchResult]:
@@ -543,6 +555,7 @@ def fetch(
     try:
         reason = yield from loading.run()
         yield from loading.tell()
+        yield from tell_pinned(attachment)
     except ForebayError as error:
         if strict:
             raise
@@ -769,6 +782,7 @@ def store(
     writing = _Store(attachment, work, parent, with_checksums=with_checksums)
     try:
         yield from writing.run()
+        yield from tell_pinned(attachment)
     except ForebayError as error:
         if strict:
             raise

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from forebay.client.copier import Copier
-from forebay.client.device_copier import DeviceCopier
+from forebay.client.device_copier import pinned_by
 from forebay.client.results import ClientStats, FetchResult, StoreResult, reason_of
 from forebay.kvstore.errors import ForebayError, PeerLost, Timeout
 
@@ -51,8 +51,7 @@ class Counters:
         self.stored_bytes += result.bytes
 
     def snapshot(self, copier: Copier, *, breaker: str, attached: bool) -> ClientStats:
-        engines = copier.engines().values() if isinstance(copier, DeviceCopier) else ()
-        pinned = [engine.pinned.status() for engine in engines]
+        pinned = pinned_by(copier)
         return ClientStats(
             calls=self.calls,
             unavailable=self.unavailable,
@@ -63,8 +62,8 @@ class Counters:
             stored_bytes=self.stored_bytes,
             stale_fetches=self.stale_fetches,
             corrupt_fetches=self.corrupt_fetches,
-            pinned_bytes=sum(status.pinned for status in pinned),
-            pin_refused=next((status.refused for status in pinned if status.refused), ""),
+            pinned_bytes=pinned.size_bytes,
+            pin_refused=pinned.refused,
             errors=dict(self.errors),
             breaker=breaker,
             attached=attached,

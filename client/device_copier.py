@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from queue import SimpleQueue
 
 from forebay.client import checksums
-from forebay.client.copier import LEGACY_STREAM, Copier, CopyPlan, CopyTimeout
+from forebay.client.copier import LEGACY_STREAM, Copier, CopyPlan, CopyTimeout, Pinned
 from forebay.client.places import SlabMapping
 from forebay.client.segments import SegmentTable
 from forebay.kernels.layout import CHECKSUM_BLOCK_BYTES_MIN, Layout
@@ -111,6 +111,11 @@ class DeviceCopier:
         """The engines there are, by device."""
         with self._lock:
             return {device: side.engine for device, side in self._sides.items() if isinstance(side, _Side)}
+
+    def pinned(self) -> Pinned:
+        """As of now, over all devices."""
+        told = [engine.pinned.status() for engine in self.engines().values()]
+        return Pinned(sum(each.pinned for each in told), next((each.refused for each in told if each.refused), ""))
 
     def _moved(self, plan: CopyPlan, device: int, direction: Direction) -> Sequence[int]:
         if not len(plan.addresses):
@@ -213,6 +218,11 @@ class DeviceCopier:
         self._retired = SimpleQueue()
         self._unpinner = None
         weakref.finalize(self, self._retired.put, None).atexit = False
+
+
+def pinned_by(copier: Copier) -> Pinned:
+    """What a copier's GPUs reach by themselves; nothing where it has none."""
+    return copier.pinned() if isinstance(copier, DeviceCopier) else Pinned()
 
 
 def _unpin(retired: SimpleQueue[_Retired | None], sides: dict[int, _Side | DmaError]) -> None:

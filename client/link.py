@@ -35,6 +35,7 @@ from forebay.client.core import (
     expect,
     undo,
 )
+from forebay.client.device_copier import pinned_by
 from forebay.client.loads import Loads, Progress
 from forebay.client.options import ClientOptions
 from forebay.client.places import SlabMapping
@@ -102,6 +103,7 @@ class Link:
         self._session, self._control = attach(options, wait_s)
         welcome = self._session.welcome
         self.attachment = Attachment(welcome.max_message_bytes, welcome.max_hashes)
+        self.attachment.pinned = lambda: pinned_by(copier)
         self.fault: ForebayError | None = None
         self._copier = copier
         self._timeout_s = options.timeout_ms / 1000

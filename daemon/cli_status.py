@@ -143,13 +143,23 @@ def _damage(detail: Document, counters: Document) -> str:
 
 
 def _activity(document: Document, store: Document) -> list[str]:
-    return [_held(store), _asked(document, store.get("counters", {})), _stored(store.get("counters", {}))]
+    counters = store.get("counters", {})
+    return [_held(store), *_pinned(store), _asked(document, counters), _stored(counters)]
 
 
 def _held(store: Document) -> str:
     leases = f"leases {store.get('leases', 0)} ({store.get('leased_blocks', 0)} blocks)"
     rest = f"reservations {store.get('reservations', 0)}, pinned blocks {store.get('pinned_blocks', 0)}"
     return f"sessions {store.get('sessions', 0)}, {leases}, {rest}"
+
+
+def _pinned(store: Document) -> list[str]:
+    """What clients' GPUs reach by themselves; nothing where no client has one."""
+    reached, unpinned = store.get("gpu_pinned_bytes", 0), store.get("gpu_unpinned_sessions", 0)
+    lines = [f"GPUs reach {size(reached)} by themselves"] if reached or unpinned else []
+    reasons = "; ".join(printable(each, 200) for each in store.get("gpu_refusals", ()))
+    warning = f"  warning: {unpinned} clients cannot pin memory and copy it once more: {reasons}"
+    return [*lines, warning] if unpinned else lines
 
 
 def _asked(document: Document, counters: Document) -> str:

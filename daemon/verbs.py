@@ -55,6 +55,7 @@ class Verbs:
             m.ClearRequest: self._clear,
             m.PersistRequest: self._persist,
             m.ReportRequest: self._report,
+            m.PinnedRequest: self._pinned,
             m.RecordRequest: self._record,
             m.RecordedRequest: self._recorded,
             m.ExplainRequest: self._explain,
@@ -174,6 +175,10 @@ class Verbs:
         if request.copied_bytes and request.copy_us:
             self.store.physics.copied(request.copied_bytes, request.copy_us / 1e6)
         return m.ReportReply()
+
+    def _pinned(self, session_id: int, request: m.PinnedRequest, now: float) -> m.PinnedReply:
+        self.store.pinned(session_id, request.pinned_bytes, request.refused)
+        return m.PinnedReply()
 
     def _record(self, session_id: int, request: m.RecordRequest, now: float) -> m.RecordReply:
         self.store.record(session_id, request.ns, request.for_ms / 1000, request.requests_max, now)

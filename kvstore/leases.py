@@ -16,6 +16,10 @@ class Session:
     """One client process. Its death ends everything it holds, at once.
 
     Sessions of one engine name the same `client_group` and may resolve each other's leases.
+
+    Attributes:
+        gpu_pinned_bytes: what of its mappings its GPUs reach by themselves. gpu_pin_refused: why not of others; '' if
+            none were refused. Both as the client told.
     """
 
     session_id: int
@@ -25,6 +29,8 @@ class Session:
     namespaces: set[int] = field(default_factory=set)
     leases: set[int] = field(default_factory=set)
     reservations: set[int] = field(default_factory=set)
+    gpu_pinned_bytes: int = 0
+    gpu_pin_refused: str = ""
 
 
 @dataclass(slots=True)

@@ -115,7 +115,11 @@ class MovementStats:
 
 @dataclass(frozen=True, slots=True)
 class StoreStats:
-    """The whole core at one instant. ``warnings`` are sentences for an operator about what was lost at the start."""
+    """The whole core at one instant. ``warnings`` are sentences for an operator about what was lost at the start.
+
+    ``gpu_pinned_bytes``: mapped memory that clients' GPUs reach by themselves; the same slab counts for each client.
+    ``gpu_unpinned_sessions``: sessions that could not pin some of it. ``gpu_refusals``: why, a few distinct reasons.
+    """
 
     tiers: tuple[TierStats, ...]
     namespaces: tuple[NamespaceStats, ...]
@@ -130,3 +134,6 @@ class StoreStats:
     counters: Counters
     warnings: tuple[str, ...] = ()
     physics: PhysicsStats | None = None
+    gpu_pinned_bytes: int = 0
+    gpu_unpinned_sessions: int = 0
+    gpu_refusals: tuple[str, ...] = ()

@@ -40,6 +40,7 @@ from forebay.kvstore.slabs import FREE, QUARANTINED, RESERVED, RESIDENT, ShardSl
 from forebay.kvstore.stats import Counters, StoreStats, TierStats
 
 TIER_NAMES = ("host", "nvme")
+_REFUSALS_TOLD = 8
 _TIDIED_ROWS, _TIDIED_ROWS_IDLE = 100, 1000
 """Unreachable blocks of an earlier life that a plan, and a sweep, look at: a millisecond, and ten."""
 
@@ -528,6 +529,13 @@ class Store:
         """All has been found."""
         self._restoration.done()
 
+    # Clients' GPUs
+
+    def pinned(self, session_id: int, size_bytes: int, refused: str) -> None:
+        """A client tells what its GPUs reach of its mappings, and why not the rest."""
+        session = self._session(session_id)
+        session.gpu_pinned_bytes, session.gpu_pin_refused = size_bytes, refused
+
     # Explaining
 
     def explain(self, session_id: int, ns: int, name: bytes, now: float) -> BlockStory | None:
@@ -638,6 +646,9 @@ class Store:
             counters=replace(self.counters),
             warnings=self._restoration.warnings if self.movement is not None else (),
             physics=self.physics.stats(now),
+            gpu_pinned_bytes=sum(session.gpu_pinned_bytes for session in self._sessions.values()),
+            gpu_unpinned_sessions=sum(bool(session.gpu_pin_refused) for session in self._sessions.values()),
+            gpu_refusals=tuple(sorted({s.gpu_pin_refused for s in self._sessions.values()} - {""})[:_REFUSALS_TOLD]),
         )
 
     def check(self) -> list[str]:

@@ -29,6 +29,7 @@ TOKEN_BYTES = 16
 BOOT_ID_BYTES = 16
 FINGERPRINT_BYTES = 32
 TEXT_CHARS_MAX = 1024
+REFUSED_CHARS_MAX = 256
 STATUS_CHARS_MAX = 1 << 20
 TIERS_MAX = 16
 PROBLEMS_MAX = 1024
@@ -78,6 +79,7 @@ class Verb(IntEnum):
     RECORDED = 23
     EXPLAIN = 24
     EXPECT = 25
+    PINNED = 26
 
 
 EvictScope = Scope
@@ -768,6 +770,25 @@ class ExpectReply(_CountReply):
     """Leading blocks that stay in memory until then."""
 
 
+@dataclass(frozen=True, slots=True)
+class PinnedRequest(Request):
+    """What of the daemon's memory GPUs of the session reach by themselves, and why other memory was not pinned."""
+
+    verb = Verb.PINNED
+    pinned_bytes: int
+    refused: str
+
+    def check(self) -> None:
+        check_int("pinned_bytes", self.pinned_bytes, 0, U63_MAX)
+        check_text("refused", self.refused, REFUSED_CHARS_MAX)
+
+
+@dataclass(frozen=True, slots=True)
+class PinnedReply(Reply):
+    def check(self) -> None:
+        pass
+
+
 REQUESTS: dict[Verb, type[Request]] = {
     request.verb: request
     for request in (
@@ -796,6 +817,7 @@ REQUESTS: dict[Verb, type[Request]] = {
         RecordedRequest,
         ExplainRequest,
         ExpectRequest,
+        PinnedRequest,
     )
 }
 
@@ -825,6 +847,7 @@ REPLIES: dict[Verb, type[Reply]] = {
     Verb.RECORDED: RecordedReply,
     Verb.EXPLAIN: ExplainReply,
     Verb.EXPECT: ExpectReply,
+    Verb.PINNED: PinnedReply,
 }
 
 REPLY_OF: dict[type[Request], type[Reply]] = {REQUESTS[verb]: reply for verb, reply in REPLIES.items()}

@@ -168,6 +168,27 @@ def test_stats_tell_what_is_pinned_and_why_something_is_not(make_gpu: MakeGpu, d
     assert other.shell.stats().pinned_bytes == other.pinned.status().pinned > 0
 
 
+def test_the_daemons_status_tells_what_clients_gpus_reach(make_gpu: MakeGpu) -> None:
+    """As of a client's last fetch or store."""
+    with LiveDaemon() as live:
+        refused, gpu = make_gpu(live), make_gpu(live)
+        refused.wait(refused.shell.prepare(0))
+        refused.devices.devices[0].refuse = "memlock " * 99
+        refused.store()
+        for each in (refused, gpu, refused, gpu):
+            assert each.fetch().blocks == BLOCKS
+            assert each.pinned.wait(5)
+
+        def told() -> bool:
+            store = live.status()["store"]
+            reasons = store["gpu_refusals"]
+            return bool(store["gpu_pinned_bytes"] == gpu.pinned.status().pinned > 0 and reasons)
+
+        eventually(told, "status tells of both")
+        [reason] = live.status()["store"]["gpu_refusals"]
+        assert reason == ("memlock " * 99)[:256]
+
+
 def test_a_slab_that_the_daemon_took_back_is_unpinned(make_gpu: MakeGpu, fake: FakeDaemon) -> None:
     gpu = make_gpu(fake)
     gpu.store()

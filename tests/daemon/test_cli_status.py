@@ -121,3 +121,14 @@ def test_what_was_saved_and_what_plans_go_by_is_shown(document: dict[str, Any]) 
 def test_a_daemon_that_tells_nothing_of_it_has_no_such_lines(document: dict[str, Any]) -> None:
     document["store"]["physics"] = None
     assert "saved: " not in render(document)
+
+
+def test_what_gpus_reach_is_told_where_a_client_has_one(document: dict[str, Any]) -> None:
+    store = document["store"]
+    store |= {"gpu_pinned_bytes": 0, "gpu_unpinned_sessions": 0, "gpu_refusals": []}
+    assert "GPUs reach" not in render(document)
+    store |= {"gpu_pinned_bytes": 3 << 29}
+    assert "GPUs reach 1.5 GiB by themselves" in render(document).splitlines()
+    store |= {"gpu_unpinned_sessions": 2, "gpu_refusals": ["memlock", "no\x1b room"]}
+    expected = "  warning: 2 clients cannot pin memory and copy it once more: memlock; no? room"
+    assert expected in render(document).splitlines()

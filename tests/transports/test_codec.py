@@ -61,6 +61,7 @@ requests = st.one_of(
     st.builds(m.RecordRequest, u63, st.integers(1, m.RECORD_MS_MAX), u63),
     st.just(m.RecordedRequest()),
     st.builds(m.ExpectRequest, u63, blobs, st.integers(1, m.EXPECT_MS_MAX)),
+    st.builds(m.PinnedRequest, st.integers(0, m.U63_MAX), st.text(max_size=m.REFUSED_CHARS_MAX)),
     st.builds(m.ExplainRequest, u63, st.binary(min_size=16, max_size=32)),
 )
 replies = st.one_of(

@@ -126,6 +126,7 @@ class FakeDaemon:
         self.checksums: dict[bytes, int] = {}
         self.persists = [m.PersistReply(0, 0)]
         self.reports: list[m.ReportRequest] = []
+        self.pinned: list[m.PinnedRequest] = []
         self.worth: int | None = None
         """So many leading blocks are advised for loading at most."""
         self.sessions_seen = 0
@@ -523,6 +524,10 @@ class FakeDaemon:
             for space in self._namespaces.values():
                 space.blocks.clear()
         return m.ClearReply(removed, 0)
+
+    def _pinned(self, token: bytes, request: m.PinnedRequest) -> m.Reply:
+        self.pinned.append(request)
+        return m.PinnedReply()
 
     def _report(self, token: bytes, request: m.ReportRequest) -> m.Reply:
         self.reports.append(request)
