@@ -62,7 +62,7 @@ def explain(
     thought = policy.explain(name, now) if isinstance(policy, HazardPolicy) else None
     index = group.index
     if row == NO_ROW or not (index.is_resident(row) or index.holds[row]):
-        return None if thought is None else _ghost(physics, thought)
+        return None if thought is None else _ghost(physics, tiers, thought)
     holding = [lease for lease in leases if lease.group is group and row in lease.rows] if index.holds[row] else []
     chain, rows = _chain(group, row)
     touched = policy.touched(row) if isinstance(policy, LruPolicy) else None
@@ -81,16 +81,16 @@ def explain(
         policy=thought,
         age_s=age_s,
         plan=physics.weigh(group, chain, rows, index.count_by_tier(rows)),
-        links=physics.link_stats(),
+        links=physics.link_stats()[: len(tiers)],
         prefill_line=physics.prefill.line,
     )
 
 
-def _ghost(physics: Physics, thought: Explanation) -> BlockStory:
+def _ghost(physics: Physics, tiers: tuple[str, ...], thought: Explanation) -> BlockStory:
     """Not stored, but the policy remembers it."""
     return BlockStory(
-        False, 0, 0, (), False, 0, 0, 0.0, "", None, thought, thought.age_s, None, physics.link_stats(),
-        physics.prefill.line,
+        False, 0, 0, (), False, 0, 0, 0.0, "", None, thought, thought.age_s, None,
+        physics.link_stats()[: len(tiers)], physics.prefill.line,
     )  # fmt: skip
 
 
