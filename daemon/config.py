@@ -135,7 +135,8 @@ class HostConfig:
     )  # fmt: skip
     numa_node: int = setting(
         "integer", -1, "node number",
-        "NUMA node that the slabs are allocated on; copies are fastest from the node of the engine. -1: any node.",
+        "NUMA node that the slabs are allocated on; copies are fastest from the node of the engine. -1: the GPUs' "
+        "node where all are on one, else any.",
         low=-1, high=1023,
     )  # fmt: skip
 

@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 HUGE_PAGE_BYTES = 2 << 20
 
 _CAP_IPC_LOCK = 14  # linux/capability.h
+_NVIDIA, _DISPLAY_CLASS = "0x10de", "0x03"  # of PCI devices
 _CGROUP_MOUNTS = {  # hierarchy -> (mount points, file of the limit)
     "v2": (("sys/fs/cgroup", "sys/fs/cgroup/unified"), "memory.max"),
     "v1": (("sys/fs/cgroup/memory",), "memory.limit_in_bytes"),
@@ -48,6 +49,16 @@ class MachineMemory:
     def numa_nodes(self) -> tuple[int, ...]:
         """Nodes that have memory; (0,) where the kernel knows none."""
         return tuple(_ranges(self._text("sys/devices/system/node/has_memory"))) or (0,)
+
+    def gpu_nodes(self) -> tuple[int, ...]:
+        """Nodes that NVIDIA GPUs are on, each once; without those of which the machine does not know it."""
+        nodes = set()
+        for device in sorted(self.root.glob("sys/bus/pci/devices/*")):
+            path = device.relative_to(self.root)
+            words = [self._text(f"{path}/{name}").strip() for name in ("vendor", "class", "numa_node")]
+            if words[0] == _NVIDIA and words[1].startswith(_DISPLAY_CLASS) and words[2].isdigit():
+                nodes.add(int(words[2]))
+        return tuple(sorted(nodes))
 
     def lock_limit_bytes(self) -> int | None:
         """RLIMIT_MEMLOCK of this process, or None where nothing limits it (CAP_IPC_LOCK)."""

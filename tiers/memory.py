@@ -250,9 +250,15 @@ def lock_budget(mode: LockMode, pages: PageKind, capacity_bytes: int, machine: M
 
 
 def choose_nodes(numa_node: int, machine: MachineMemory) -> tuple[int, ...]:
-    """Nodes to take pages from: the one asked for; for -1 all in turn, or no policy, (), when there is one only."""
+    """Nodes to take pages from: the one asked for.
+
+    For -1 the GPUs', where all are on one; else all in turn, or no policy, (), when there is one only.
+    """
     nodes = machine.numa_nodes()
     if numa_node == -1:
+        near = machine.gpu_nodes()
+        if len(nodes) > 1 and len(near) == 1 and near[0] in nodes:
+            return near
         return nodes if len(nodes) > 1 else ()
     if numa_node not in nodes:
         raise ValueError(f"NUMA node {numa_node} has no memory here; nodes with memory: {list(nodes)}")

@@ -135,6 +135,7 @@ class FakeMachine(MachineMemory):
     hugetlb: int = 0
     thp: bool = False
     nodes: tuple[int, ...] = (0,)
+    near_gpus: tuple[int, ...] = ()
     lock_limit: int | None = None
 
     def available_bytes(self) -> int:
@@ -151,6 +152,9 @@ class FakeMachine(MachineMemory):
 
     def numa_nodes(self) -> tuple[int, ...]:
         return self.nodes
+
+    def gpu_nodes(self) -> tuple[int, ...]:
+        return self.near_gpus
 
     def lock_limit_bytes(self) -> int | None:
         return self.lock_limit

@@ -84,6 +84,19 @@ def test_numa_nodes_are_read_from_ranges(tmp_path: Path) -> None:
     assert MachineMemory(tmp_path / "absent").numa_nodes() == (0,)
 
 
+def test_nodes_of_gpus_are_those_of_nvidias_display_devices(tmp_path: Path) -> None:
+    def device(address: str, vendor: str, kind: str, node: str) -> dict[str, str]:
+        folder = f"sys/bus/pci/devices/0000:{address}"
+        return {f"{folder}/vendor": vendor, f"{folder}/class": kind, f"{folder}/numa_node": node}
+
+    assert MachineMemory(tmp_path / "absent").gpu_nodes() == ()
+    files = device("01:00.0", "0x10de\n", "0x030200\n", "1\n") | device("02:00.0", "0x10de\n", "0x030000\n", "1\n")
+    files |= device("03:00.0", "0x10de\n", "0x068000\n", "0\n") | device("04:00.0", "0x1a03\n", "0x030000\n", "0\n")
+    files |= device("05:00.0", "0x10de\n", "0x030200\n", "-1\n")
+    assert write(tmp_path, files).gpu_nodes() == (1,)
+    assert write(tmp_path, device("06:00.0", "0x10de\n", "0x030200\n", "0\n")).gpu_nodes() == (0, 1)
+
+
 def test_swap_is_read_in_bytes(tmp_path: Path) -> None:
     assert write(tmp_path, {"proc/meminfo": "SwapTotal: 1024 kB\n"}).swap_bytes() == 1 << 20
 

@@ -314,6 +314,10 @@ def test_node_choice() -> None:
     assert choose_nodes(-1, FakeMachine()) == ()
     assert choose_nodes(-1, two) == (0, 1)
     assert choose_nodes(1, two) == (1,)
+    assert choose_nodes(-1, FakeMachine(nodes=(0, 1), near_gpus=(1,))) == (1,)
+    assert choose_nodes(0, FakeMachine(nodes=(0, 1), near_gpus=(1,))) == (0,)
+    assert choose_nodes(-1, FakeMachine(nodes=(0, 1), near_gpus=(0, 1))) == (0, 1)
+    assert choose_nodes(-1, FakeMachine(nodes=(0, 1), near_gpus=(5,))) == (0, 1)
     with pytest.raises(ValueError, match=r"NUMA node 5 .* \[0, 1\]"):
         choose_nodes(5, two)
 
