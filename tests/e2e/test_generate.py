@@ -222,7 +222,7 @@ def test_hung_daemon_delays_one_answer_by_a_bounded_time(daemon: LiveDaemon, mod
             assert time.monotonic() - begun < HUNG_CALLS_S
         finally:
             os.kill(daemon.pid, signal.SIGCONT)
-        eventually(client.ping, "the client comes back")
+        eventually(client.ping, "the client comes back", 30)
         output, report = ask(cache, prompt_of(PROMPT))
         assert (output, report.restored_tokens) == (expected, WHOLE)
 
