@@ -170,6 +170,13 @@ class NvmeConfig:
         "each read wait longer behind the others.",
         low=1, high=256,
     )  # fmt: skip
+    staging: Literal["auto", "always", "never"] = setting(
+        "choice", "auto", "",
+        "Whether what is read and written goes through small buffers beside the host's memory, one copy more: faster "
+        "where a virtual disk's host copies every byte, slower where a drive reaches memory by itself. auto: on "
+        "virtio disks. `forebay bench nvme` measures what this machine has.",
+        choices=("auto", "always", "never"),
+    )  # fmt: skip
     io_nice: int = setting(
         "integer", 19, "nice steps",
         "How far each drive's I/O process stands back for others (nice(1), SCHED_BATCH) where cores are scarce, so "

@@ -167,6 +167,7 @@ class Service:
             bytes_per_path=nvme.bytes,
             slab_bytes=nvme.slab_bytes,
             queue_depth=nvme.queue_depth,
+            staging=nvme.staging,
             io_nice=nvme.io_nice,
             life_bytes=derive(self._config).drive_life_bytes,
         )

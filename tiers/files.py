@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 _MOUNTS = Path("/proc/self/mountinfo")
 _BLOCK_DEVICES = Path("/sys/dev/block")
+_VIRTIO = re.compile(r"virtio\d+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +29,8 @@ class FilesystemInfo:
 
     kind: str
     is_system_disk: bool
+    is_virtual_disk: bool = False
+    """On a disk whose host copies each byte: virtio, or such a one under LVM, dm-crypt or a RAID."""
 
 
 class Files(Protocol):
@@ -100,7 +104,8 @@ class OsFiles:
     def filesystem(self, path: Path) -> FilesystemInfo:
         """By the mount the path lies on, and by whether its disk, or a partition of it, also holds the root."""
         ours, root = os.stat(path).st_dev, os.stat("/").st_dev
-        return FilesystemInfo(_mounted_kind(path.resolve()), ours == root or _disk(ours) == _disk(root) != "")
+        on_system_disk = ours == root or _disk(ours) == _disk(root) != ""
+        return FilesystemInfo(_mounted_kind(path.resolve()), on_system_disk, is_virtual(_entry(ours)))
 
 
 def _mounted_kind(path: Path) -> str:
@@ -116,9 +121,23 @@ def _mounted_kind(path: Path) -> str:
     return kind
 
 
+def is_virtual(device: Path) -> bool:
+    """Whether a block device, by its folder in /sys, is virtio's or stands on one that is."""
+    if not device.exists():
+        return False
+    return any(_VIRTIO.fullmatch(name) for name in device.resolve().parts) or any(
+        is_virtual(below) for below in device.glob("slaves/*")
+    )
+
+
+def _entry(device: int) -> Path:
+    """Where /sys describes a device number; nowhere for overlays and networks."""
+    return _BLOCK_DEVICES / f"{os.major(device)}:{os.minor(device)}"
+
+
 def _disk(device: int) -> str:
-    """The whole disk behind a device number; empty when none is known (overlays, network)."""
-    entry = _BLOCK_DEVICES / f"{os.major(device)}:{os.minor(device)}"
+    """The whole disk behind a device number; empty when none is known."""
+    entry = _entry(device)
     if not entry.exists():
         return ""
     found = entry.resolve()

@@ -63,6 +63,7 @@ class _Unit:
     committer: Committer
     io: DriveIo | IoProcess
     restore: Restore
+    is_staged: bool
 
 
 class NvmeTier:
@@ -310,16 +311,18 @@ class NvmeTier:
             batch_blocks=options.index_batch_blocks,
             finished=self._part_ended,
         )
-        io = self._make_io(drive, health, committer)
-        teller = _Teller(self, number)
-        return _Unit(
-            drive, health, committer, io, Restore(drive, committer, teller, walk_timeout_s=options.walk_timeout_s)
+        is_staged = drive.is_direct and (
+            options.staging == "always" or (options.staging == "auto" and drive.is_virtual())
         )
+        io = self._make_io(drive, health, committer, is_staged)
+        teller = _Teller(self, number)
+        restore = Restore(drive, committer, teller, walk_timeout_s=options.walk_timeout_s)
+        return _Unit(drive, health, committer, io, restore, is_staged)
 
-    def _make_io(self, drive: Drive, health: WriteHealth, committer: Committer) -> DriveIo | IoProcess:
+    def _make_io(self, drive: Drive, health: WriteHealth, committer: Committer, is_staged: bool) -> DriveIo | IoProcess:
         depth, loaded, written = self._options.queue_depth, self._part_ended, committer.written
         if self._memory is None:
-            return DriveIo(drive, depth, health, self._errors, loaded=loaded, written=written)
+            return DriveIo(drive, depth, health, self._errors, loaded=loaded, written=written, is_staged=is_staged)
         return IoProcess(
             drive,
             depth,
@@ -328,6 +331,7 @@ class NvmeTier:
             loaded=loaded,
             written=written,
             memory=self._memory,
+            is_staged=is_staged,
             nice=self._options.io_nice,
         )
 
@@ -502,7 +506,7 @@ def _drive_info(unit: _Unit) -> DriveInfo:
         path=str(drive.directory),
         up=True,
         reason=unit.health.reason,
-        io="direct" if drive.is_direct else "buffered",
+        io="staged" if unit.is_staged else "direct" if drive.is_direct else "buffered",
         io_reason=drive.io_reason,
         writing=not unit.health.is_down(),
         queued_load_blocks=loads,

@@ -131,6 +131,13 @@ class Drive(SlotFile):
             said.append(f"{self.directory} is read and written through the page cache: {self.io_reason}")
         return tuple(said)
 
+    def is_virtual(self) -> bool:
+        """Whether it lies on a disk whose host copies each byte; no where that cannot be told."""
+        try:
+            return self.files.filesystem(self.directory).is_virtual_disk
+        except OSError:
+            return False
+
     def begin_life(self, epoch: int) -> None:
         """Write the epoch into both headers, each on the medium before the next is begun. Raises OSError."""
         self.header = DriveHeader(self.drive_id, self.slab_bytes, self.slabs, epoch)

@@ -3,8 +3,9 @@
 Threads and preadv rather than an asynchronous interface: it needs nothing of the kernel that a container may forbid,
 and from 256 KiB on it is as fast. Each direction has its own threads, half as many again as its queue depth, so that as
 many calls as that are at the drive while other threads are hashing; who has read a call hashes it, on the core that has
-it in its cache. Loads go first: while one waits, at most one write is under way, so that stores go on but never in a
-load's way. What a job has in adjacent slots is one call, header pages and payloads interleaved.
+it in its cache. Calls go straight from and into the host's slots, or through buffers (nvme_staging.py). Loads go first:
+while one waits, at most one write is under way, so that stores go on but never in a load's way. What a job has in
+adjacent slots is one call, header pages and payloads interleaved.
 
 The interpreter lock is the scarce good here, so a thread's own work on a block is one unpacking, one comparison and two
 hashes, and hashing and I/O run without it. The daemon runs this in a process of its own (nvme_io_child.py), so that the
@@ -15,7 +16,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import mmap
 import threading
 import time
 from array import array
@@ -26,8 +26,9 @@ from collections.abc import Callable, Iterable, Sequence
 from xxhash import xxh3_64_intdigest
 
 from forebay.tiers.nvme_drive import SlotFile
-from forebay.tiers.nvme_format import PAGE, check_slot, pack_slot, slot_offset, slot_stride
+from forebay.tiers.nvme_format import check_slot, pack_slot, slot_offset, slot_stride
 from forebay.tiers.nvme_jobs import LATENCY_BOUNDS_S, IoStatus, Latency, LoadJob, WriteJob
+from forebay.tiers.nvme_staging import Passage, Staged, Straight, blank, move
 
 log = logging.getLogger(__name__)
 
@@ -187,14 +188,6 @@ class Errors:
             return tuple(sorted(self._counts.items()))
 
 
-class HeaderPages:
-    """A thread's own header pages, all zeros at first, page-aligned as O_DIRECT asks for."""
-
-    def __init__(self) -> None:
-        whole = memoryview(mmap.mmap(-1, CALL_BLOCKS_MAX * PAGE))
-        self.pages = [whole[at : at + PAGE] for at in range(0, len(whole), PAGE)]
-
-
 class CallQueue:
     """Calls that have not begun, first come first served. A job's are taken out without a look at all the others.
 
@@ -253,15 +246,17 @@ class DriveIo:
         *,
         loaded: Callable[[Part], None],
         written: Callable[[Part], None],
+        is_staged: bool = False,
     ) -> None:
-        """`loaded` is called from a thread of ours when all blocks of a part have their status, `written` when all
-        are in the file but perhaps not yet on the medium.
+        """`is_staged`: calls go through buffers (nvme_staging.py). `loaded` is called from a thread of ours when all
+        blocks of a part have their status, `written` when all are in the file but perhaps not yet on the medium.
         """
         self._drive = drive
         self._health = health
         self._errors = errors
         self._loaded = loaded
         self._written = written
+        self._way = Staged if is_staged else Straight
         # The lock guards the queues, the counts of calls under way, and `calls_left` of parts.
         self._lock = threading.Lock()
         self._load_ready = threading.Condition(self._lock)
@@ -358,11 +353,11 @@ class DriveIo:
     # --- loads ---
 
     def _load_forever(self, meter: Meter) -> None:
-        pages = HeaderPages().pages
+        way = self._way(CALL_BLOCKS_MAX)
         while (call := self._await_load()) is not None:
             while call is not None:
                 try:
-                    self._load(call, pages, meter)
+                    self._load(call, way, meter)
                 except Exception:  # a bug must cost its blocks, I/O errors by now, and neither thread nor queue
                     log.exception("bug while a load was under way")
                     self._errors.add("load_bug", len(call[2]))
@@ -407,62 +402,64 @@ class DriveIo:
             if self._loads:
                 self._load_ready.notify()
 
-    def _load(self, call: Call, pages: list[memoryview], meter: Meter) -> None:
+    def _load(self, call: Call, way: Straight, meter: Meter) -> None:
         """Read one call's blocks and give each its status; those that are not right are read once more, singly."""
         part, offset, run = call
         job, blocks, statuses = part.work.job, part.blocks, part.work.statuses
+        passage = way.open([job.views[blocks[at]] for at in run])
         try:
-            whole = self._read(offset, [job.views[blocks[at]] for at in run], pages, meter)
+            whole = self._read(offset, passage, meter)
         finally:
             self._let_next_load()
-        again = [index for index, at in enumerate(run) if not whole or not self._check(part, at, pages[index])]
+        again = [index for index, at in enumerate(run) if not whole or not self._check(part, at, passage, index)]
         for index in again:
             block = blocks[run[index]]
             statuses[block] = IoStatus.IO_ERROR
             there = offset + index * slot_stride(job.slot_bytes)
-            if self._read(there, [job.views[block]], pages, meter) and self._check(part, run[index], pages[0]):
+            alone = way.open([job.views[block]])
+            if self._read(there, alone, meter) and self._check(part, run[index], alone, 0):
                 self._errors.add("load_reread")
             else:
                 self._errors.add(f"load_{IoStatus(statuses[block]).name.lower()}")
         meter.blocks += len(run)
 
-    def _read(self, offset: int, views: list[memoryview], pages: list[memoryview], meter: Meter) -> bool:
+    def _read(self, offset: int, passage: Passage, meter: Meter) -> bool:
         """Read adjacent slots; whether all of them came."""
-        buffers = [buffer for pair in zip(pages, views) for buffer in pair]
-        wanted = len(views) * (PAGE + len(views[0]))
         began_s = time.perf_counter()
         try:
-            got = self._drive.read(buffers, offset)
+            got = self._drive.read(passage.buffers, offset)
         except OSError:
             got = 0
         meter.add(time.perf_counter() - began_s, got)
-        return got == wanted
+        return got == sum(map(len, passage.buffers))
 
-    def _check(self, part: Part, at: int, page: memoryview) -> bool:
-        """Judge one block that was read, and note it."""
-        work, block = part.work, part.blocks[at]
+    def _check(self, part: Part, at: int, passage: Passage, index: int) -> bool:
+        """Judge one block that was read, note it, and have it in its slot if it is right."""
+        work, block, slot = part.work, part.blocks[at], passage.slots[index]
         job = work.job
         status, checksum = check_slot(
-            page,
-            job.views[block][: job.payload_bytes],
+            passage.pages[index],
+            slot[: job.payload_bytes],
             self._drive.drive_id,
             job.namespace_id,
             (part.slabs[at], job.slots[block]),
             job.hashes[block],
             job.generations[block],
         )
+        if status == IoStatus.OK:
+            move(job.views[block], slot)
         work.statuses[block] = status
         work.checksums[block] = checksum
-        return status == 0
+        return status == IoStatus.OK
 
     # --- writes ---
 
     def _write_forever(self, meter: Meter) -> None:
-        pages = HeaderPages().pages
+        way = self._way(CALL_BLOCKS_MAX)
         while (call := self._await_write()) is not None:
             while call is not None:
                 try:
-                    self._write(call, pages, meter)
+                    self._write(call, way, meter)
                 except Exception:  # a bug must cost its blocks, I/O errors by now, and neither thread nor queue
                     log.exception("bug while a write was under way")
                     self._errors.add("write_bug", len(call[2]))
@@ -496,18 +493,16 @@ class DriveIo:
     def _may_write(self) -> bool:
         return bool(self._writes) and (not self._loads or not self._storing)
 
-    def _write(self, call: Call, pages: list[memoryview], meter: Meter) -> None:
+    def _write(self, call: Call, way: Straight, meter: Meter) -> None:
         """Make the headers and write one call's blocks; all or none of them count as written."""
         part, offset, run = call
         blocks, statuses = part.blocks, part.work.statuses
-        views = part.work.job.views
-        buffers: list[memoryview] = []
+        passage = way.open([part.work.job.views[blocks[at]] for at in run])
         for index, at in enumerate(run):
-            self._make_header(part, at, pages[index])
-            buffers += (pages[index], views[blocks[at]])
+            self._make_ready(part, at, passage, index)
         with self._may_put:
             began_s = time.perf_counter()
-            status, reason, size = self._put(buffers, offset)
+            status, reason, size = self._put(passage.buffers, offset)
             took_s = time.perf_counter() - began_s
         meter.add(took_s, size)
         meter.blocks += len(run)
@@ -517,11 +512,14 @@ class DriveIo:
             self._health.failed(reason)
             self._errors.add(f"write_{status.name.lower()}", len(run))
 
-    def _make_header(self, part: Part, at: int, page: memoryview) -> None:
-        work, block = part.work, part.blocks[at]
+    def _make_ready(self, part: Part, at: int, passage: Passage, index: int) -> None:
+        """One block's payload and header."""
+        work, block, page, slot = part.work, part.blocks[at], passage.pages[index], passage.slots[index]
         job = work.job
         assert isinstance(job, WriteJob)
-        checksum = work.checksums[block] = xxh3_64_intdigest(job.views[block][: job.payload_bytes])
+        move(slot, job.views[block])
+        checksum = work.checksums[block] = xxh3_64_intdigest(slot[: job.payload_bytes])
+        blank(page)
         pack_slot(
             page,
             self._drive.drive_id,
@@ -532,7 +530,7 @@ class DriveIo:
             checksum,
         )
 
-    def _put(self, buffers: list[memoryview], offset: int) -> tuple[IoStatus, str, int]:
+    def _put(self, buffers: Sequence[memoryview], offset: int) -> tuple[IoStatus, str, int]:
         """Write it all, trying once more after a short write: that tells a full disk from an accident."""
         wanted = sum(map(len, buffers))
         for _ in range(2):

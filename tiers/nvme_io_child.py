@@ -71,7 +71,7 @@ class _NewErrors(Errors):
 class IoChild:
     """Takes parts, has them carried out, and tells what became of them."""
 
-    def __init__(self, stream: socket.socket, channel: socket.socket, file: SlotFile, queue_depth: int) -> None:
+    def __init__(self, stream: socket.socket, channel: socket.socket, file: SlotFile, told: argparse.Namespace) -> None:
         self._stream = stream
         self._channel = channel
         self._mapped: dict[int, memoryview] = {}
@@ -80,7 +80,15 @@ class IoChild:
         self._errors = _NewErrors()
         self._sending = threading.Lock()
         self._part_ids: dict[int, int] = {}
-        self._io = DriveIo(file, queue_depth, self._health, self._errors, loaded=self._ended, written=self._ended)
+        self._io = DriveIo(
+            file,
+            told.queue_depth,
+            self._health,
+            self._errors,
+            loaded=self._ended,
+            written=self._ended,
+            is_staged=told.staged,
+        )
 
     def run(self) -> None:
         """Serve until told to close, or until the daemon is gone."""
@@ -193,6 +201,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--drive-id", type=bytes.fromhex, required=True)
     parser.add_argument("--directory", type=Path, required=True)
     parser.add_argument("--buffered", action="store_true")
+    parser.add_argument("--staged", action="store_true")
     told = parser.parse_args(arguments)
     end_with_parent(told.parent)
     stand_back(told.nice)
@@ -208,7 +217,7 @@ def main(arguments: list[str]) -> None:
     )
     with socket.socket(fileno=told.stream) as stream, socket.socket(fileno=told.channel) as channel:
         try:
-            IoChild(stream, channel, file, told.queue_depth).run()
+            IoChild(stream, channel, file, told).run()
         except (BrokenPipeError, ConnectionResetError, EOFError):
             pass  # the daemon is gone
         sys.stderr.flush()

@@ -57,9 +57,10 @@ class IoProcess:
         loaded: Callable[[Part], None],
         written: Callable[[Part], None],
         memory: MemoryHandle,
+        is_staged: bool,
         nice: int,
     ) -> None:
-        """`loaded` and `written` as `DriveIo`, called from the listening thread."""
+        """`loaded`, `written` and `is_staged` as `DriveIo`; the first two are called from the listening thread."""
         self._drive = drive
         self._queue_depth = queue_depth
         self._health = health
@@ -67,6 +68,7 @@ class IoProcess:
         self._loaded = loaded
         self._written = written
         self._memory = memory
+        self._flags = [flag for flag, set_ in (("--buffered", not drive.is_direct), ("--staged", is_staged)) if set_]
         self._nice = nice
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         # The lock guards all below but the state, which is replaced whole by the listening thread.
@@ -232,11 +234,11 @@ class IoProcess:
             "drive-id": drive.drive_id.hex(),
             "directory": drive.directory,
         }
-        command = [*_COMMAND, *(f"--{key}={value}" for key, value in told.items())]
+        command = [*_COMMAND, *(f"--{key}={value}" for key, value in told.items()), *self._flags]
         before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)  # until it knows what to make of them
         try:
             child = subprocess.Popen(
-                command if drive.is_direct else [*command, "--buffered"],
+                command,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 pass_fds=(theirs.fileno(), their_channel.fileno(), *{data_fd, lock_fd}),

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
+from typing import Literal
 
 MODEL_BYTES_MAX = 256
 
@@ -161,6 +162,8 @@ class NvmeOptions:
     slab_bytes: int
     queue_depth: int = 8
     """Reads, and again writes, under way at a drive at one time."""
+    staging: Literal["auto", "always", "never"] = "auto"
+    """Whether calls go through buffers beside the host's memory (nvme_staging.py). auto: on virtual disks."""
     io_nice: int = 0
     """Niceness of the drives' I/O processes, where there are such."""
     index_batch_s: float = 0.01
@@ -191,7 +194,7 @@ class Latency:
 
 @dataclass(frozen=True, slots=True)
 class DriveInfo:
-    """One configured path. `io` is "direct" or "buffered", the latter for `io_reason`.
+    """One configured path. `io` is "direct", "staged" (direct, through buffers) or "buffered", that for `io_reason`.
 
     `lifetime_written_bytes` outlives the daemon; 0 for a drive that is not up.
     `index` is "loading" (queued until the old one has been read), "rebuilding", "up", or "failing" for `index_reason`.

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from forebay.tiers.files import FilesystemInfo, OsFiles
 from forebay.tiers.nvme import NvmeTier
+from forebay.tiers.nvme_format import PAGE
 from forebay.tiers.nvme_io_process import MemoryHandle
 from forebay.tiers.nvme_jobs import (
     Event,
@@ -112,8 +113,9 @@ class FaultyFiles(OsFiles):
         return self.kind or super().filesystem(path)
 
     def _do(self, call: Callable[..., int], planned: list[Any], fd: int, buffers: Sequence[Any], offset: int) -> int:
-        if len(buffers) > 1:
-            self.sizes.append(sum(len(buffer) for buffer in buffers))
+        size = sum(map(len, buffers))
+        if size > PAGE:
+            self.sizes.append(size)
             if not self.gate.is_set():
                 self.waiting.release()
                 self.gate.wait(WAIT_S)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from forebay.tiers.files import OsFiles
+from forebay.tiers.files import OsFiles, is_virtual
 
 files = OsFiles()
 
@@ -55,6 +55,27 @@ def test_root_lies_on_the_system_disk_and_shared_memory_does_not() -> None:
         pytest.skip("no tmpfs on /dev/shm")
     found = files.filesystem(Path("/dev/shm"))
     assert (found.kind, found.is_system_disk) == ("tmpfs", False)
+
+
+def test_virtual_disks_are_told_by_their_bus_and_so_is_what_stands_on_them(tmp_path: Path) -> None:
+    """As /sys/dev/block has it: links to folders of devices, a partition's below its disk's."""
+    places = {
+        "vda1": "devices/platform/virtio3/block/vda/vda1",
+        "sda": "devices/pci0000:00/0000:00:02.0/virtio12/host2/target2:0:0/2:0:0:0/block/sda",
+        "nvme0n1": "devices/pci0000:00/0000:01:00.0/nvme/nvme0/nvme0n1",
+        "dm-0": "devices/virtual/block/dm-0",
+        "md1": "devices/virtual/block/md1",
+    }
+    for name, place in places.items():
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / name).symlink_to(place)
+    for above, below in (("dm-0", "md1"), ("md1", "vda1"), ("md1", "nvme0n1")):
+        slaves = tmp_path / places[above] / "slaves"
+        slaves.mkdir(exist_ok=True)
+        (slaves / below).symlink_to(tmp_path / places[below])
+    found = {name for name in places if is_virtual(tmp_path / name)}
+    assert found == {"vda1", "sda", "dm-0", "md1"}
+    assert not is_virtual(tmp_path / "none")
 
 
 def test_free_bytes_are_those_of_the_filesystem(tmp_path: Path) -> None:

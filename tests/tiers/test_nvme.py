@@ -11,6 +11,7 @@ import pytest
 from tests.tiers.nvme_rig import BYTES, OWNER, SLAB, SLABS, SLOT, WAIT_S, FaultyFiles, Rig, crash, filled, memory, name
 
 from forebay.tiers import nvme
+from forebay.tiers.files import FilesystemInfo
 from forebay.tiers.nvme import NvmeTier
 from forebay.tiers.nvme_drive import DATA_NAME
 from forebay.tiers.nvme_format import PAGE
@@ -195,6 +196,28 @@ def test_writes_given_before_the_index_is_back_become_durable_after_it(tmp_path:
 
 
 # --- several drives ---
+
+
+@pytest.mark.parametrize(
+    ("staging", "is_virtual", "io"),
+    [
+        ("auto", True, "staged"),
+        ("auto", False, "direct"),
+        ("always", False, "staged"),
+        ("never", True, "direct"),
+    ],
+)
+def test_calls_go_through_buffers_on_virtual_disks_unless_told_otherwise(
+    tmp_path: Path, staging: str, is_virtual: bool, io: str
+) -> None:
+    files = FaultyFiles()
+    files.kind = FilesystemInfo("ext4", is_system_disk=False, is_virtual_disk=is_virtual)
+    rig = Rig(tmp_path / "drive", files=files, staging=staging)
+    told = rig.tier.detail().drives[0]
+    rig.close()
+    if told.io == "buffered":
+        pytest.skip(f"{told.io_reason} on {tmp_path}")
+    assert told.io == io
 
 
 def test_slabs_alternate_between_drives(tmp_path: Path) -> None:

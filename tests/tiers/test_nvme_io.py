@@ -41,10 +41,10 @@ ENOSPC = OSError(errno.ENOSPC, "No space left on device")
 STRIDE = PAGE + SLOT
 
 
-@pytest.fixture
-def rig(tmp_path: Path) -> Iterator[Rig]:
-    """Blocks 0 .. 9 durable in slab 0."""
-    made = filled(tmp_path / "drive", 10)
+@pytest.fixture(params=["never", "always"])
+def rig(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Rig]:
+    """Blocks 0 .. 9 durable in slab 0, by calls that go straight, or through buffers."""
+    made = filled(tmp_path / "drive", 10, staging=request.param)
     yield made
     made.files.gate.set()
     made.close()

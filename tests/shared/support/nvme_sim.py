@@ -275,6 +275,7 @@ class NvmeSimulation:
             bytes_per_path=file_bytes(SLAB_BYTES, SLABS_PER_DRIVE),
             slab_bytes=SLAB_BYTES,
             queue_depth=4,
+            staging=self._rng.choice(["always", "never"]),
             index_batch_s=0.001,
         )
         self._tier = NvmeTier(options, files=self._files, wake=self._woken.set, clock=self._clock)
