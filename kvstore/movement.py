@@ -212,11 +212,15 @@ class Movement:
         for position, row in enumerate(rows):
             if index.is_whole_in(row, HOST):
                 continue
-            if not all(self._bring(batch, row, lease, groups, left, now) for batch in batches):
-                covered = position
-                self._counters.promotions_full_blocks += left if lease else 0
-                break
-            left -= 1
+            for batch in batches:
+                if not self._bring(batch, row, lease, groups, left, now):
+                    break
+            else:
+                left -= 1
+                continue
+            covered = position
+            self._counters.promotions_full_blocks += left if lease else 0
+            break
         for batch in batches:
             self._start_load(batch, () if lease is None else (lease,), now, kept=lease is None)
         return covered

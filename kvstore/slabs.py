@@ -221,7 +221,8 @@ class ShardSlots:
 
     def free_beside(self, barred: frozenset[int]) -> int:
         """Free slots on drives that are not barred."""
-        return self._counts[FREE] - sum(len(self._free[drive]) for drive in barred)
+        free = self._counts[FREE]
+        return free - sum(len(self._free[drive]) for drive in barred) if barred else free
 
     def reserve(self, row: int, barred: frozenset[int] = frozenset()) -> tuple[int, int]:
         """Give a free slot, on a drive that is not barred, to the block `row`; returns (slot id, generation)."""

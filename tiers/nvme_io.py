@@ -7,6 +7,10 @@ it in its cache. Calls go straight from and into the host's slots, or through bu
 while one waits, at most one write is under way, so that stores go on but never in a load's way. What a job has in
 adjacent slots is one call, header pages and payloads interleaved.
 
+Who fetches needs the first blocks first, and a disk scheduler that sorts by place (mq-deadline) may pass one read over
+for as long as others come: the first of 80 calls in a row was seen to end last. So a read that many have overtaken
+holds back more of them for a moment.
+
 The interpreter lock is the scarce good here, so a thread's own work on a block is one unpacking, one comparison and two
 hashes, and hashing and I/O run without it. The daemon runs this in a process of its own (nvme_io_child.py), so that the
 owner thread has its lock for itself.
@@ -37,6 +41,10 @@ CALL_BYTES_MAX = 2 << 20
 CALL_BLOCKS_MAX = 120
 """Two buffers a block: virtio and many controllers take no more than about 254 pieces a request."""
 
+OVERTAKEN_S = 0.05
+"""How long a read that many others have overtaken holds back those after it."""
+_OVERTAKING = 2
+"""How many may overtake it, in queue depths."""
 _FAILURES_MAX = 3
 _DOWN_MAX_S = 60.0
 _LAST_JOIN_S = 0.1
@@ -264,7 +272,9 @@ class DriveIo:
         self._idle = threading.Condition(self._lock)
         self._loads = CallQueue()
         self._writes = CallQueue()
-        self._loading = 0
+        self._begun: dict[int, tuple[int, float]] = {}
+        """Loads at the drive, oldest first, by their call's id: the how many-th, and since when."""
+        self._taken = 0
         self._checking = 0
         self._storing = 0
         self._closed = False
@@ -312,7 +322,7 @@ class DriveIo:
 
     def under_way(self) -> tuple[int, int]:
         """Calls under way: loads at the drive, writes at the drive or being made ready for it."""
-        return self._loading, self._storing
+        return len(self._begun), self._storing
 
     def close(self, deadline_s: float) -> bool:
         """Finish what is queued until the deadline (time.monotonic), cancel the rest. True: no thread is left."""
@@ -367,7 +377,7 @@ class DriveIo:
         """The next call, once there is one; None to end. Nothing of the last one is held meanwhile."""
         with self._lock:
             while not self._may_load() and not self._closed:
-                self._load_ready.wait()
+                self._load_ready.wait(OVERTAKEN_S if self._loads else None)
             return self._take_load() if self._loads else None
 
     def _next_load(self, done: Part) -> Call | None:
@@ -386,21 +396,29 @@ class DriveIo:
 
     def _take_load(self) -> Call:
         call = self._loads.take()
-        self._loading += 1
+        self._taken += 1
+        self._begun[id(call)] = self._taken, time.monotonic()
         if not self._loads and self._writes:
             self._write_ready.notify(len(self._writes))
         return call
 
     def _may_load(self) -> bool:
-        return bool(self._loads) and self._loading < self._queue_depth
+        return bool(self._loads) and len(self._begun) < self._queue_depth and not self._is_overtaken()
 
-    def _let_next_load(self) -> None:
+    def _is_overtaken(self) -> bool:
+        """Whether the read that is longest at the drive has been overtaken by many, and not for too long."""
+        for number, since_s in self._begun.values():
+            overtaking = self._taken - number
+            return overtaking >= _OVERTAKING * self._queue_depth and time.monotonic() < since_s + OVERTAKEN_S
+        return False
+
+    def _let_next_load(self, call: Call) -> None:
         """The drive has one call less to do, while its thread goes on to check what came."""
         with self._lock:
-            self._loading -= 1
+            del self._begun[id(call)]
             self._checking += 1
             if self._loads:
-                self._load_ready.notify()
+                self._load_ready.notify(self._queue_depth - len(self._begun))
 
     def _load(self, call: Call, way: Straight, meter: Meter) -> None:
         """Read one call's blocks and give each its status; those that are not right are read once more, singly."""
@@ -410,7 +428,7 @@ class DriveIo:
         try:
             whole = self._read(offset, passage, meter)
         finally:
-            self._let_next_load()
+            self._let_next_load(call)
         again = [index for index, at in enumerate(run) if not whole or not self._check(part, at, passage, index)]
         for index in again:
             block = blocks[run[index]]
@@ -549,7 +567,7 @@ class DriveIo:
             self._idle.notify_all()
 
     def _is_busy(self) -> bool:
-        return bool(self._loads or self._writes or self._loading or self._checking or self._storing)
+        return bool(self._loads or self._writes or self._begun or self._checking or self._storing)
 
 
 def status_of(error: OSError) -> IoStatus:

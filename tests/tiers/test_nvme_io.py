@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from tests.tiers.nvme_rig import (
     filled,
 )
 
+from forebay.tiers import nvme_io
 from forebay.tiers.nvme_drive import DATA_NAME
 from forebay.tiers.nvme_format import PAGE, slot_offset
 from forebay.tiers.nvme_io import (
@@ -207,6 +208,56 @@ def test_checksum_of_a_lost_block_is_zero(rig: Rig) -> None:
     rig.tier.load(job)
     rig.wait(job)
     assert list(rig.done[job.job_id].checksums) == [0]
+
+
+# --- the order of reads ---
+
+
+class PassedOver(FaultyFiles):
+    """A disk that leaves reads of block 0 for later."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.turn = threading.Event()
+
+    def preadv(self, fd: int, buffers: Sequence[Any], offset: int) -> int:
+        if offset == slot_offset(SLAB, SLOT, 0, 0):
+            self.turn.wait(WAIT_S)
+        return super().preadv(fd, buffers, offset)
+
+
+@pytest.fixture
+def reads(tmp_path: Path) -> Iterator[tuple[Rig, list[LoadJob]]]:
+    """A queue of two, and reads of 13 blocks, the first of which gets no turn until `turn` is set."""
+    files = PassedOver()
+    rig = filled(tmp_path / "drive", 13, files=files, queue_depth=2)
+    yield rig, [rig.load_job([number]) for number in range(13)]
+    files.turn.set()
+    rig.close()
+
+
+def test_read_that_many_have_overtaken_is_waited_for(
+    reads: tuple[Rig, list[LoadJob]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig, jobs = reads
+    monkeypatch.setattr(nvme_io, "OVERTAKEN_S", WAIT_S)
+    for job in jobs:
+        rig.tier.load(job)
+    rig.until(lambda: len(rig.done) == 1 + 4)
+    drive = rig.tier.detail().drives[0]
+    assert (drive.queued_load_blocks, drive.loading) == (8, 1)
+    rig.files.turn.set()  # type: ignore[attr-defined]
+    assert [rig.wait(job) for job in jobs] == [[OK]] * 13
+
+
+def test_read_that_hangs_keeps_no_other_back_for_long(reads: tuple[Rig, list[LoadJob]]) -> None:
+    rig, (stuck, *others) = reads
+    for job in (stuck, *others):
+        rig.tier.load(job)
+    assert [rig.wait(job) for job in others] == [[OK]] * 12
+    assert stuck.job_id not in rig.done
+    rig.files.turn.set()  # type: ignore[attr-defined]
+    assert rig.wait(stuck) == [OK]
 
 
 # --- failed writes ---
