@@ -434,7 +434,8 @@ class AsyncClient:
         return link
 
     async def _attach(self) -> AsyncLink:
-        wait_ms = self.options.timeout_ms if self._breaker.state == "closed" else self.options.budget_ms
+        first = self._breaker.state == "closed"
+        wait_ms = self.options.timeout_ms if first else self.options.probe_ms(self._breaker.probe_s)
         try:
             link = await AsyncLink.open(self.options, self._copier, wait_ms / 1000)
         except BaseException:

@@ -2,7 +2,8 @@
 
 Closed: calls go through. After a failure it is open: every call is told no at once. When the back-off is over
 one caller, and only one, may probe (half-open); its success closes the breaker, its failure doubles the
-back-off. One failure opens it: a daemon on the same machine either answers or is gone.
+back-off. One failure opens it: a daemon on the same machine either answers or is gone. A probe may wait the longer the
+longer nobody did, so that a daemon on a machine that is busy is found again.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Literal
 
 BACKOFF_S = 0.1
 BACKOFF_MAX_S = 5.0
+_PROBING_SHARE = 0.01
 
 State = Literal["closed", "open", "half-open"]
 
@@ -32,6 +34,7 @@ class Breaker:
         self._max_s = backoff_max_s
         self._lock = threading.Lock()
         self._next_s = backoff_s
+        self._pause_s = 0.0
         self._retry_at: float | None = None
         self._probing = False
 
@@ -40,6 +43,11 @@ class Breaker:
         if self._retry_at is None:
             return "closed"
         return "half-open" if self._probing else "open"
+
+    @property
+    def probe_s(self) -> float:
+        """What a probe may wait without all of them taking more than a hundredth of a caller's time."""
+        return _PROBING_SHARE * self._pause_s
 
     def renewed(self) -> Breaker:
         """A closed breaker of the same settings: a forked child's, whose parent may have held the lock."""
@@ -67,6 +75,7 @@ class Breaker:
     def failed(self) -> None:
         """The daemon did not answer: open, for twice as long as the time before."""
         with self._lock:
-            self._retry_at = self._clock() + self._next_s
+            self._pause_s = self._next_s
+            self._retry_at = self._clock() + self._pause_s
             self._probing = False
             self._next_s = min(2 * self._next_s, self._max_s)

@@ -24,7 +24,8 @@ class ClientOptions:
         name: what the daemon's status calls this client, at most 128 characters.
         client_group: sessions of one engine that give the same 1 to 32 bytes may resolve each other's leases.
         strict: raise typed errors (for tools) instead of answering misses (for engines).
-        budget_ms: the longest a call may wait to find out that no daemon is there.
+        budget_ms: the longest a call may wait to find out that no daemon is there; where one hangs, now and then a
+            hundredth of the time since the last that did.
         timeout_ms: the longest a call waits for one answer of a daemon that is there, or for the next blocks of a
             lease to be read into memory.
         copy_threads: how many threads share a large copy, the calling one among them; 0: one per core this process
@@ -64,6 +65,10 @@ class ClientOptions:
             raise BadRequest("verify must be 'off' or 'load'")
         if self.plan not in ("auto", "always", "never"):
             raise BadRequest("plan must be 'auto', 'always' or 'never'")
+
+    def probe_ms(self, fair_s: float) -> float:
+        """How long to wait for a daemon that was not there, or did not answer, when `fair_s` may be spent on it."""
+        return max(self.budget_ms, min(self.timeout_ms, 1000 * fair_s))
 
     def copier(self) -> DeviceCopier:
         """What moves the bytes of a client with these options."""

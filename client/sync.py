@@ -447,7 +447,7 @@ class Client:
         if not self._breaker.allows():
             raise PeerLost("no daemon; not trying again yet")
         try:
-            wait_ms = self.options.timeout_ms if first else self.options.budget_ms
+            wait_ms = self.options.timeout_ms if first else self.options.probe_ms(self._breaker.probe_s)
             link = Link(self.options, self._copier, wait_ms / 1000)
         except BaseException:
             self._breaker.failed()

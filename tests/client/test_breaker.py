@@ -56,6 +56,18 @@ def test_each_failed_probe_doubles_the_back_off_up_to_five_seconds() -> None:
     assert waits == [0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5.0, 5.0]
 
 
+def test_probes_may_wait_a_hundredth_of_the_pause_before() -> None:
+    clock = Clock()
+    breaker = opened(clock)
+    waits = []
+    for _ in range(7):
+        clock.now += 10
+        assert breaker.allows()
+        waits.append(round(1000 * breaker.probe_s))
+        breaker.failed()
+    assert waits == [1, 2, 4, 8, 16, 32, 50]
+
+
 def test_a_successful_probe_closes_it_and_forgets_the_back_off() -> None:
     clock = Clock()
     breaker = opened(clock)
