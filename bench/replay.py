@@ -20,7 +20,7 @@ from forebay.bench.replay_plot import CannotPlot, check_plot, plot
 from forebay.bench.replay_policies import NAMES, policy_maker
 from forebay.bench.replay_run import GPU_FLOPS, Drive, Result, replay
 from forebay.bench.trace import BadTrace, Trace, read_trace
-from forebay.kvstore.admission import DAY_S, WriteTerms
+from forebay.kvstore.admission import BURST_S, DAY_S, WriteTerms
 from forebay.kvstore.shapes import SHAPES, ModelShape
 
 SWEEP = "1%,2%,5%,10%,20%,50%"
@@ -156,20 +156,29 @@ def run_one(job: Job) -> Result:
 
 
 def _drive(job: Job, size: Size, trace: Trace, block_bytes: int) -> Drive:
-    per_day = float(job.budget.blocks(trace, block_bytes)) if job.budget else 0.0
-    if job.budget and job.budget.percent:
-        per_day *= DAY_S / max(1.0, trace.requests[-1].now_s - trace.requests[0].now_s)
-    return Drive(size.blocks(trace, block_bytes), per_day, job.terms, block_bytes)
+    """A budget in % is spread over the trace as one in bytes is over a day: its bucket holds a 24th of it."""
+    blocks = size.blocks(trace, block_bytes)
+    if job.budget is None:
+        return Drive(blocks, 0.0, job.terms, block_bytes)
+    allowed = float(job.budget.blocks(trace, block_bytes))
+    if not job.budget.percent:
+        return Drive(blocks, allowed, job.terms, block_bytes)
+    lasts_s = max(1.0, trace.seconds)
+    return Drive(blocks, allowed * DAY_S / lasts_s, job.terms, block_bytes, budget_burst_s=BURST_S * lasts_s / DAY_S)
 
 
 def table(results: Sequence[Result], price_per_gpu_hour: float) -> str:
-    """One line a run. GPU hours are those that hits made needless, at half of the peak of an H100."""
+    """One line a run. GPU hours are those that hits made needless, at half of the peak of an H100.
+
+    Money and the budget are shown where there are any.
+    """
+    has_budget = any(each.budget_used_percent for each in results)
     head = (
         f"{'trace':14} {'policy':11} {'capacity':>8} {'blocks':>8} {'token hit':>9} {'FLOPs saved':>11} "
         f"{'writes/new':>10} {'occupancy':>9} {'lost':>9} {'unwritten':>9} {'demoted':>9} {'bypassed':>9} "
         f"{'declined':>9} {'GPU-h saved':>11}"
     )
-    lines = [head + (f" {'$ saved':>9}" if price_per_gpu_hour else "")]
+    lines = [head + (f" {'$ saved':>9}" if price_per_gpu_hour else "") + (" budget used" if has_budget else "")]
     for each in results:
         hours = each.flops_saved / GPU_FLOPS / 3600
         reasons = " ".join(
@@ -180,6 +189,7 @@ def table(results: Sequence[Result], price_per_gpu_hour: float) -> str:
             f"{each.token_hit_percent:8.2f}% {each.flops_saved_percent:10.2f}% {each.nvme_writes_per_new_block:10.3f} "
             f"{100 * each.occupancy_mean:8.1f}% {reasons} {hours:11.2f}"
             + (f" {hours * price_per_gpu_hour:9.2f}" if price_per_gpu_hour else "")
+            + (f" {each.budget_used_percent:10.1f}%" if has_budget else "")
         )
     return "\n".join(lines)
 
@@ -221,7 +231,7 @@ def _parser() -> argparse.ArgumentParser:
         "--write-budget",
         type=_size,
         metavar="SIZE",
-        help="bytes that may be written in a day; with %% of the trace's distinct blocks while it lasts",
+        help="bytes that may be written to it in a day; with %%, of the trace's distinct blocks while it lasts",
     )
     parser.add_argument(
         "--price-per-tb-written", type=float, default=0.0, metavar="USD", help="of wear, beside that of a GPU"

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from forebay.bench.trace import Trace
-from forebay.kvstore.admission import WriteTerms
+from forebay.kvstore.admission import BURST_S, DAY_S, WriteTerms
 from forebay.kvstore.eviction.policies import PolicyMaker
 from forebay.kvstore.groups import Direction
 from forebay.kvstore.movement import PAGE_BYTES, NvmeConfig, Verdict
@@ -38,6 +38,7 @@ class Result:
         evictions: blocks by reason: `lost` for space, `unwritten` of them without an nvme tier having had them,
             `demoted` to it, `bypassed` (never stored), `declined` (found not to be worth a write to it).
         flops_saved: prefill work that hits made needless.
+        budget_used_percent: what was written, of what the write budget allows in the time that the trace lasts.
     """
 
     trace: str
@@ -51,6 +52,7 @@ class Result:
     evictions: dict[str, int]
     flops_saved: float
     nvme_blocks: int
+    budget_used_percent: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +60,7 @@ class Drive:
     """An nvme tier.
 
     Attributes:
-        budget_blocks_per_day: 0: no budget.
+        budget_blocks_per_day: 0: no budget; `budget_burst_s` is as in `NvmeConfig`.
         terms: what a write is weighed by; its price is that of a byte of a real block.
         block_bytes: of a real block.
     """
@@ -67,6 +69,7 @@ class Drive:
     budget_blocks_per_day: float = 0.0
     terms: WriteTerms | None = None
     block_bytes: int = BLOCK_BYTES
+    budget_burst_s: float = BURST_S
 
     def config(self) -> NvmeConfig:
         """One slab that holds just so many blocks, each behind a header page, and the slab's own."""
@@ -74,7 +77,8 @@ class Drive:
         terms = self.terms
         if terms is not None:
             terms = replace(terms, dollars_per_byte=terms.dollars_per_byte * self.block_bytes / BLOCK_BYTES)
-        return NvmeConfig(size, size, budget_bytes_per_day=int(self.budget_blocks_per_day * BLOCK_BYTES), terms=terms)
+        per_day = int(self.budget_blocks_per_day * BLOCK_BYTES)
+        return NvmeConfig(size, size, budget_bytes_per_day=per_day, budget_burst_s=self.budget_burst_s, terms=terms)
 
 
 class _Run:
@@ -174,4 +178,11 @@ def replay(
         },
         flops_saved=saved,
         nvme_blocks=drive.blocks if drive else 0,
+        budget_used_percent=_budget_used_percent(drive, run.written_blocks, trace) if drive else 0.0,
     )
+
+
+def _budget_used_percent(drive: Drive, written_blocks: int, trace: Trace) -> float:
+    """Of what the budget allows while the trace lasts; 0 without one."""
+    allowed = drive.budget_blocks_per_day * trace.seconds / DAY_S
+    return 100 * written_blocks / allowed if allowed else 0.0

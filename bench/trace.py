@@ -40,6 +40,11 @@ class Trace:
     def references(self) -> int:
         return sum(len(request.names) for request in self.requests)
 
+    @property
+    def seconds(self) -> float:
+        """From the first request to the last."""
+        return self.requests[-1].now_s - self.requests[0].now_s
+
 
 def read_trace(path: Path) -> Trace:
     """Raises BadTrace, OSError."""

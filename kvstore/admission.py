@@ -147,12 +147,16 @@ def _continues_on_drive(group: Group, row: int) -> bool:
 
 
 class WriteBudget:
-    """A token bucket over bytes. `bytes_per_day` 0: no limit. Begins with an hour's share."""
+    """A token bucket over bytes. `bytes_per_day` 0: no limit. Begins full, with what fills it in `burst_s`.
 
-    def __init__(self, bytes_per_day: int) -> None:
+    So a day's writes are, where there is more to write than may be, within `burst_s` over a day of what is allowed.
+    """
+
+    def __init__(self, bytes_per_day: int, burst_s: float = BURST_S) -> None:
         self.bytes_per_day = bytes_per_day
         self._per_s = bytes_per_day / DAY_S
-        self._tokens = self._per_s * BURST_S
+        self._most = self._per_s * burst_s
+        self._tokens = self._most
         self._filled_s: float | None = None
 
     def left_bytes(self, now: float) -> int:
@@ -167,7 +171,7 @@ class WriteBudget:
         if not self.bytes_per_day:
             return 1.0
         self._fill(now)
-        return max(0.0, self._tokens) / (self._per_s * BURST_S)
+        return max(0.0, self._tokens) / self._most
 
     def take(self, size_bytes: int, now: float) -> bool:
         """Spend; False, spending nothing, where there is not enough."""
@@ -181,9 +185,9 @@ class WriteBudget:
 
     def give_back(self, size_bytes: int) -> None:
         """What was taken and not written."""
-        self._tokens = min(self._tokens + size_bytes, self._per_s * BURST_S)
+        self._tokens = min(self._tokens + size_bytes, self._most)
 
     def _fill(self, now: float) -> None:
         if self._filled_s is not None:
-            self._tokens = min(self._per_s * BURST_S, self._tokens + (now - self._filled_s) * self._per_s)
+            self._tokens = min(self._most, self._tokens + (now - self._filled_s) * self._per_s)
         self._filled_s = now

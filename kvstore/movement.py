@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from itertools import islice
 
-from forebay.kvstore.admission import AdmissionRule, WorthWriting, WriteBudget, WriteOnEvict, WriteTerms
+from forebay.kvstore.admission import BURST_S, AdmissionRule, WorthWriting, WriteBudget, WriteOnEvict, WriteTerms
 from forebay.kvstore.allocation import Allocator
 from forebay.kvstore.groups import HOST, NVME, Direction, Effects, Group, LeaseProgress, Room, Shard, Transfer
 from forebay.kvstore.index import NO_SLOT
@@ -59,6 +59,7 @@ class NvmeConfig:
         ahead_bytes: payload of prefetches asked of a drive at one time; the rest waits, so that leases need not.
         idle_s: without a request for so long, what is only in host memory is written down as well.
         budget_bytes_per_day: what may be written; 0: any amount.
+        budget_burst_s: what fills the budget's bucket takes so long.
         terms: by which it is weighed what is worth writing; None: it is not.
         drives: how many the tier has; slab s lies on drive s mod `drives`.
     """
@@ -72,6 +73,7 @@ class NvmeConfig:
     ahead_bytes: int = 16 * MIB
     idle_s: float = 2.0
     budget_bytes_per_day: int = 0
+    budget_burst_s: float = BURST_S
     terms: WriteTerms | None = None
     drives: int = 1
 
@@ -152,7 +154,7 @@ class Movement:
         prefill: PrefillRate,
     ) -> None:
         self.config = config
-        self.budget = WriteBudget(config.budget_bytes_per_day)
+        self.budget = WriteBudget(config.budget_bytes_per_day, config.budget_burst_s)
         self.ready = False
         self._host, self._nvme = allocators
         self._effects = effects

@@ -24,6 +24,7 @@ from heapq import heapify, heappop, heappush
 from typing import NamedTuple
 
 from forebay.kvstore.eviction import BYPASS
+from forebay.kvstore.eviction.chances import Chances
 from forebay.kvstore.eviction.guard import LruGuard
 from forebay.kvstore.eviction.hazard_model import BINS, HORIZON_BIN, HORIZON_S, HazardModel, bin_of
 from forebay.kvstore.eviction.lru import LruPolicy
@@ -98,6 +99,7 @@ class HazardPolicy:
         self._lru = LruPolicy(parents, depths)
         self._guard = LruGuard() if guarded else None
         self._model = HazardModel(CLASSES)
+        self._chances = Chances(self._model)
         self._pieces = Pieces(CLASSES + 1, self._given_up)
         self._now = 0.0
         self._current: Piece | None = None
@@ -128,7 +130,9 @@ class HazardPolicy:
         turn = last.turn + 1 if last is not None and goes_on else 0
         for piece, blocks in path:
             if piece.kind != FINISHED:
-                self._model.returned(piece.kind, self._now - piece.touched, blocks)
+                age = self._now - piece.touched
+                self._model.returned(piece.kind, age, blocks)
+                self._chances.returned(piece.kind, _length(piece), age, blocks)
         self._relabel(path, fresh, turn, branches=not goes_on, length=matched + len(fresh))
         self._learn()
 
@@ -293,7 +297,7 @@ class HazardPolicy:
     def _chance(self, piece: Piece, within_s: float, now: float) -> float:
         if piece.kind == FINISHED:
             return 0.0
-        return self._model.probability(piece.kind, max(0.0, now - piece.touched), within_s)
+        return self._chances.probability(piece.kind, _length(piece), max(0.0, now - piece.touched), within_s)
 
     def explain(self, name: bytes, now: float) -> Explanation | None:
         """What is thought of a block, or None where nothing is known of it."""
@@ -302,7 +306,7 @@ class HazardPolicy:
             return None
         at = piece.names.index(name)
         age, kind = max(0.0, now - piece.touched), piece.kind
-        chances = [0.0 if kind == FINISHED else self._model.probability(kind, age, s) for s in (60.0, 600.0, 3600.0)]
+        chances = [self._chance(piece, within_s, now) for within_s in (60.0, 600.0, 3600.0)]
         return Explanation(
             kind=_kind_name(kind),
             age_s=age,
@@ -387,6 +391,7 @@ class HazardPolicy:
             self._count(piece)
         if self._requests >= self._refresh_requests and not pieces.unswept:
             self._model.refresh(self._waiting)
+            self._chances.refresh()
             self._learned = True
             self._requests = 0
             pieces.sweep_anew()
@@ -403,10 +408,13 @@ class HazardPolicy:
         if age > HORIZON_S:
             self._pieces.trim(piece)
         self._waiting[piece.kind][min(bin_of(age), HORIZON_BIN)] += len(piece.names)
+        self._chances.waits(piece.kind, _length(piece), age, len(piece.names))
 
     def _given_up(self, piece: Piece, blocks: int) -> None:
         if piece.kind != FINISHED:
-            self._model.given_up(piece.kind, max(0.0, self._now - piece.touched), blocks)
+            age = max(0.0, self._now - piece.touched)
+            self._model.given_up(piece.kind, age, blocks)
+            self._chances.given_up(piece.kind, _length(piece), age, blocks)
 
 
 class _End(NamedTuple):
@@ -430,6 +438,11 @@ def _shared_class(shared: int) -> int:
 
 def _kind(shared: int, turn: int) -> int:
     return _shared_class(shared) if shared else SHARED_CLASSES + min(turn, TURN_CLASSES - 1)
+
+
+def _length(piece: Piece) -> int:
+    """Of the request that a piece is of, in blocks; what requests of many lengths share has none."""
+    return 0 if piece.kind < SHARED_CLASSES else piece.chain
 
 
 def _kind_name(kind: int) -> str:

@@ -67,30 +67,40 @@ class HazardModel:
 
     def refresh(self, waiting: Sequence[Sequence[float]]) -> None:
         """Compute the indices anew; `waiting[class][bin]` are the blocks that are known and have that age."""
-        reached = [_from_above(map(sum, zip(*pair, strict=True))) for pair in zip(self._ended, waiting, strict=True)]
+        reached = [from_above(map(sum, zip(*pair, strict=True))) for pair in zip(self._ended, waiting, strict=True)]
         all_returned = [sum(column) for column in zip(*self._returned, strict=True)]
         all_reached = [sum(column) for column in zip(*reached, strict=True)]
         pooled = [d / r if r else 0.0 for d, r in zip(all_returned, all_reached, strict=True)]
         for kind, (came, were) in enumerate(zip(self._returned, reached, strict=True)):
-            hazards = [
-                min(_HAZARD_MAX, (d + PRIOR_BLOCKS * p) / (r + PRIOR_BLOCKS))
-                for d, r, p in zip(came, were, pooled, strict=True)
-            ]
+            hazards = shrunk(came, were, pooled)
             self._hazards[kind] = hazards
             self._index[kind] = gittins(hazards)
         for sums in (*self._returned, *self._ended):
             for at, value in enumerate(sums):
                 sums[at] = value * DECAY
 
-    def probability(self, kind: int, age_s: float, within_s: float) -> float:
-        """That a block of this age is asked for again within so many seconds."""
-        stays, until = 1.0, age_s + within_s
-        for at in range(bin_of(age_s), BINS):
-            start, end = max(age_s, _EDGES_S[at]), _EDGES_S[at + 1]
-            if start >= until:
-                break
-            stays *= (1 - self._hazards[kind][at]) ** ((min(until, end) - start) / (end - _EDGES_S[at]))
-        return 1 - stays
+    def hazards(self, kind: int) -> list[float]:
+        """By age bin: of what reaches it, the share that is asked for again in it."""
+        return self._hazards[kind]
+
+
+def shrunk(returned: Sequence[float], reached: Sequence[float], prior: Sequence[float]) -> list[float]:
+    """Hazards from blocks by bin, as if so many more had been seen that behaved as `prior` says."""
+    return [
+        min(_HAZARD_MAX, (came + PRIOR_BLOCKS * p) / (were + PRIOR_BLOCKS))
+        for came, were, p in zip(returned, reached, prior, strict=True)
+    ]
+
+
+def chance_within(hazards: Sequence[float], age_s: float, within_s: float) -> float:
+    """That a block of this age is asked for again within so many seconds."""
+    stays, until = 1.0, age_s + within_s
+    for at in range(bin_of(age_s), BINS):
+        start, end = max(age_s, _EDGES_S[at]), _EDGES_S[at + 1]
+        if start >= until:
+            break
+        stays *= (1 - hazards[at]) ** ((min(until, end) - start) / (end - _EDGES_S[at]))
+    return 1 - stays
 
 
 def gittins(hazards: Sequence[float]) -> list[float]:
@@ -115,7 +125,7 @@ def gittins(hazards: Sequence[float]) -> list[float]:
     return index
 
 
-def _from_above(counts: Iterable[float]) -> list[float]:
+def from_above(counts: Iterable[float]) -> list[float]:
     """How many lie in each bin or a later one."""
     sums = list(counts)
     for at in reversed(range(len(sums) - 1)):

@@ -65,6 +65,17 @@ def test_table_names_tiers_work_and_money(trace: Path, capsys: pytest.CaptureFix
     assert line.startswith("talks          lru")
 
 
+def test_budget_in_percent_is_for_the_whole_trace(trace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The table says how much of it was used; without one there is no such column."""
+    arguments = [str(trace), "--policy", "hazard", "--host", "5%", "--nvme", "60%", "--jobs", "1"]
+    assert main([*arguments, "--write-budget", "30%"]) == 0
+    head, line = capsys.readouterr().out.splitlines()
+    assert head.endswith("budget used")
+    assert 30 < float(line.split()[-1].rstrip("%")) <= 105
+    assert main(arguments) == 0
+    assert "budget used" not in capsys.readouterr().out
+
+
 def test_plot_is_written_as_svg(trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """One line a policy; no library is needed for it."""
     drawn = tmp_path / "plot.svg"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import random
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from forebay.bench.replay_policies import NAMES, policy_maker
 from forebay.bench.replay_run import Drive, Result, replay
 from forebay.bench.trace import Request, Trace, read_trace
+from forebay.kvstore.admission import DAY_S, WriteTerms
 from forebay.kvstore.shapes import SHAPES
 
 TRACES = Path(__file__).resolve().parents[2] / ".." / "shared" / "traces"
@@ -95,6 +97,56 @@ def test_hazard_reaches_its_goals_on_recorded_traces(name: str, percent: int, go
     result = run(trace, "hazard", percent * trace.unique_blocks // 100)
     print(f"{name} {percent} %: {result.token_hit_percent:.2f} % (goal {goal}, LRU {lru})")
     assert result.token_hit_percent >= goal
+
+
+@pytest.mark.parametrize(
+    ("name", "host", "nvme", "chance", "goal", "writes"),
+    [
+        ("synthetic", 3, 30, 0.30, 51.5, 0.70),
+        ("conversation", 3, 30, 0.19, 32.5, 0.73),
+        ("conversation", 1, 10, 0.27, 24.8, 0.40),
+    ],
+)
+def test_writing_what_is_likely_to_return_reaches_its_goals(
+    name: str, host: int, nvme: int, chance: float, goal: float, writes: float
+) -> None:
+    """Token hits of at least the goal, with no more writes for each new block."""
+    trace = recorded(name)
+    shape, share = SHAPES["llama-3-70b"], trace.unique_blocks / 100
+    drive = Drive(int(nvme * share), terms=WriteTerms(least_chance=chance))
+    result = replay(trace, "hazard", policy_maker("hazard", trace, shape), int(host * share), drive=drive, shape=shape)
+    print(
+        f"{name} {host} % + {nvme} %: {result.token_hit_percent:.2f} %, {result.nvme_writes_per_new_block:.3f} writes"
+    )
+    assert result.token_hit_percent >= goal
+    assert result.nvme_writes_per_new_block <= writes
+
+
+def day_of_conversations() -> Trace:
+    """A request every 20 seconds, of one to twelve blocks more than what it goes on with; half of them go on."""
+    dice = random.Random(7)
+    requests: list[Request] = []
+    for at in range(0, int(DAY_S), 20):
+        before = requests[-dice.randint(1, min(40, at // 20))].names if at and dice.random() < 0.5 else ()
+        new = tuple(b"%d.%d".ljust(16) % (at, number) for number in range(dice.randint(1, 12)))
+        names = before[:40] + new
+        requests.append(Request(float(at), 512 * len(names), names))
+    return Trace("day", tuple(requests), len({name for request in requests for name in request.names}))
+
+
+def test_budget_is_what_is_written_in_a_day() -> None:
+    """Within 5 %, where more would be worth it."""
+    trace, shape = day_of_conversations(), SHAPES["llama-3-70b"]
+    wanted = run(trace, "hazard", 300, nvme_blocks=3000)
+    assert wanted.nvme_writes_per_new_block > 0.9
+    for share in (0.2, 0.6):
+        drive = Drive(3000, budget_blocks_per_day=share * trace.unique_blocks)
+        result = replay(trace, "hazard", policy_maker("hazard", trace, shape), 300, drive=drive, shape=shape)
+        print(
+            f"{share:.0%} of {trace.unique_blocks} blocks a day: {result.budget_used_percent:.1f} % of it written, "
+            f"hits {result.token_hit_percent:.1f} % (without a budget {wanted.token_hit_percent:.1f} %)"
+        )
+        assert 95 <= result.budget_used_percent <= 105
 
 
 def test_weighing_by_cost_saves_more_work_than_lru() -> None:

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from forebay.kvstore.eviction.hazard_model import BINS, FIRST_BIN_S, HazardModel, bin_of, gittins
+from forebay.kvstore.eviction.hazard_model import BINS, FIRST_BIN_S, HazardModel, bin_of, chance_within, gittins
 
 EDGES_S = [0.0, *(FIRST_BIN_S * 2 ** (k / 2) for k in range(BINS))]
 
@@ -38,7 +38,7 @@ def test_nothing_learned_is_worth_nothing() -> None:
     model = HazardModel(2)
     model.refresh(nothing(2))
     assert model.value(0, 5.0) == 0.0
-    assert model.probability(0, 5.0, 100.0) == 0.0
+    assert chance_within(model.hazards(0), 5.0, 100.0) == 0.0
 
 
 def test_class_that_returns_is_worth_more_and_most_before_its_peak() -> None:
@@ -50,8 +50,8 @@ def test_class_that_returns_is_worth_more_and_most_before_its_peak() -> None:
     model.refresh(waiting)
     assert model.value(0, 6.0) > model.value(0, 1.0) > model.value(1, 1.0)
     assert model.value(0, 30.0) < model.value(0, 6.0)
-    assert model.probability(0, 1.0, 20.0) > 0.9 > 0.1 > model.probability(1, 1.0, 20.0)
-    assert model.probability(0, 1.0, 2.0) < 0.1
+    assert chance_within(model.hazards(0), 1.0, 20.0) > 0.9 > 0.1 > chance_within(model.hazards(1), 1.0, 20.0)
+    assert chance_within(model.hazards(0), 1.0, 2.0) < 0.1
 
 
 def test_few_observations_count_little() -> None:
@@ -60,7 +60,7 @@ def test_few_observations_count_little() -> None:
     model.returned(0, 8.0, 1_000_000)
     model.returned(1, 100.0, 2)
     model.refresh(nothing(2))
-    assert model.probability(1, 7.0, 2.0) > 0.5
+    assert chance_within(model.hazards(1), 7.0, 2.0) > 0.5
 
 
 def test_value_is_continuous_in_age() -> None:
@@ -83,5 +83,5 @@ def test_what_is_given_up_has_reached_its_age_and_no_more() -> None:
     censored.given_up(0, 10.0, 5000)
     for model in (seen, censored):
         model.refresh(nothing(1))
-    assert censored.probability(0, 1.0, 3.0) < seen.probability(0, 1.0, 3.0)
-    assert censored.probability(0, 90.0, 30.0) == pytest.approx(seen.probability(0, 90.0, 30.0))
+    assert chance_within(censored.hazards(0), 1.0, 3.0) < chance_within(seen.hazards(0), 1.0, 3.0)
+    assert chance_within(censored.hazards(0), 90.0, 30.0) == pytest.approx(chance_within(seen.hazards(0), 90.0, 30.0))
