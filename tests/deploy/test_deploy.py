@@ -237,7 +237,7 @@ for family in FAMILIES:
         LABELS[family.name] = set(family.labels)
 
 FROM_PROMETHEUS = {"instance", "job"}
-WORDS = {"sum", "by", "topk", "rate", "increase", "resets", "min", "max", "histogram_quantile", "label_values"}
+WORDS = {"sum", "avg", "by", "topk", "rate", "increase", "resets", "min", "max", "histogram_quantile", "label_values"}
 
 dashboard: dict[str, Any] = json.loads((DEPLOY / "grafana-dashboard.json").read_text())
 alerts: list[dict[str, Any]] = [
@@ -318,6 +318,25 @@ def test_dashboard_shows_each_panel_once() -> None:
         covered |= cells
         assert place["x"] + place["w"] <= 24
         assert panel["type"] == "row" or (panel["description"] and panel["targets"])
+
+
+@pytest.mark.parametrize(
+    "metric",
+    [
+        "forebay_saved_tokens_total",
+        "forebay_gpu_seconds_saved_total",
+        "forebay_gpu_seconds_stalled_total",
+        "forebay_cost_saved_dollars",
+        "forebay_write_cost_dollars_total",
+        "forebay_curve_hit_ratio",
+        "forebay_nvme_declined_chains_total",
+        "forebay_plan_decisions_total",
+        "forebay_plan_eta_error_ratio_bucket",
+    ],
+)
+def test_dashboard_shows_what_the_daemon_is_worth(metric: str) -> None:
+    """Of a panel that names a metric the test above proves that it exists."""
+    assert any(re.search(rf"\b{metric}\b", query) for name, query in queries() if name.startswith("panel "))
 
 
 def test_prometheus_scrapes_where_the_daemon_listens() -> None:
