@@ -16,10 +16,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from forebay.bench.replay_plot import CannotPlot, check_plot, plot
+from forebay.bench.replay_plot import plot
 from forebay.bench.replay_policies import NAMES, policy_maker
 from forebay.bench.replay_run import GPU_FLOPS, Drive, Result, replay
 from forebay.bench.trace import BadTrace, Trace, read_trace
+from forebay.daemon.chart import CannotPlot, check_plot
 from forebay.kvstore.admission import BURST_S, DAY_S, WriteTerms
 from forebay.kvstore.shapes import SHAPES, ModelShape
 

@@ -100,7 +100,10 @@ def _add_tools(commands: Commands) -> None:
         "-c", "--count", type=_count, default=1, metavar="N", help="round trips (default 1)"
     )
     _tool(commands, "check", "verify every invariant of the daemon's state")
-    _tool(commands, "advise", "what more memory or drives would hit, save and cost", "forebay.daemon.cli_advise:advise")
+    advise = _tool(
+        commands, "advise", "what more memory or drives would hit, save and cost", "forebay.daemon.cli_advise:advise"
+    )
+    advise.add_argument("--plot", metavar="FILE", help="draw it too: .svg, or .png (matplotlib)")
     _block_tool(commands, "lookup", "how many leading blocks are stored")
     explain = _block_tool(commands, "explain", "why blocks are where they are, and what a plan would do with them")
     explain.set_defaults(run="forebay.daemon.cli_explain:explain")

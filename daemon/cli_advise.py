@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
+from forebay.daemon.chart import CannotPlot, Panel, Point, check_plot, draw
 from forebay.daemon.cli import Exit
 from forebay.daemon.cli_status import size
 from forebay.daemon.cli_tools import asking, fetch_status
@@ -27,13 +30,31 @@ _BAR_CHARS = 40
 Document = Mapping[str, Any]
 
 
+def advise(arguments: argparse.Namespace) -> int:
+    """Exit 1 while nothing was asked for yet, of which there is no plot either; 2 when that cannot be drawn."""
+    try:
+        if arguments.plot:
+            check_plot(Path(arguments.plot))
+    except CannotPlot as error:
+        return _cannot_plot(error)
+    return _advise(arguments)
+
+
 @asking
-def advise(arguments: argparse.Namespace, link: ControlLink) -> int:
-    """Exit 1 while nothing was asked for yet."""
-    document = fetch_status(link)
-    found = advice(document)
+def _advise(arguments: argparse.Namespace, link: ControlLink) -> int:
+    found = advice(fetch_status(link))
+    if arguments.plot and found["curve"]:
+        try:
+            draw(panels(found), Path(arguments.plot))
+        except OSError as error:
+            return _cannot_plot(error)
     print(json.dumps(found) if arguments.json else render(found))
     return Exit.OK if found["curve"] else Exit.NEGATIVE
+
+
+def _cannot_plot(error: Exception) -> int:
+    print(f"forebay advise: {error}", file=sys.stderr)
+    return Exit.USAGE
 
 
 def advice(document: Document) -> dict[str, Any]:
@@ -85,6 +106,28 @@ def at(points: Sequence[Document], size_bytes: float) -> dict[str, float]:
             part = (size_bytes - left["size_bytes"]) / (right["size_bytes"] - left["size_bytes"])
             return {key: left[key] + part * (right[key] - left[key]) for key in keys}
     return {key: whole[-1][key] for key in keys}
+
+
+def panels(found: Mapping[str, Any]) -> list[Panel]:
+    """The curve; what more of each tier brings in GPU time, where that is known; and in dollars, with prices."""
+    share = [(point["size_bytes"], 100 * point["hit_share"]) for point in found["curve"]]
+    now = (found["capacity_bytes"], "now")
+    drawn = [Panel("tokens hit, % of those asked for", "all tiers together", {"lru": share}, size, now)]
+    if any(point["gpu_s_per_day"] for point in found["curve"]):
+        drawn.append(Panel("GPU-seconds more a day", "more of a tier", _by_tier(found, "gpu_s_per_day"), size))
+    if found["priced"]:
+        money = {f"{tier}: saved": line for tier, line in _by_tier(found, "saved_dollars_per_day").items()}
+        costs = _by_tier(found, "cost_dollars_per_day").items()
+        money |= {f"{tier}: cost": line for tier, line in costs if any(dollars for _, dollars in line)}
+        drawn.append(Panel("dollars a day", "more of a tier", money, size))
+    return drawn
+
+
+def _by_tier(found: Mapping[str, Any], key: str) -> dict[str, list[Point]]:
+    lines: dict[str, list[Point]] = {}
+    for each in found["more"]:
+        lines.setdefault(each["tier"], []).append((each["bytes"], each[key]))
+    return lines
 
 
 def render(found: Mapping[str, Any]) -> str:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from forebay.daemon import cli_advise
+from forebay.daemon import cli_advise, cli_tools
+from forebay.daemon.cli import Exit, run
 from forebay.daemon.status import DaemonSnapshot, Prices, document
 
 MakeSnapshot = Callable[..., DaemonSnapshot]
@@ -55,3 +58,35 @@ def test_between_points_the_curve_is_a_line_and_beyond_them_level() -> None:
     keys = ("hit_share", "hit_tokens_per_day", "hit_bytes_per_day", "gpu_s_per_day")
     points = [{"size_bytes": at, **dict.fromkeys(keys, at / 100)} for at in (10, 20)]
     assert [cli_advise.at(points, at)["hit_share"] for at in (5, 15, 99)] == pytest.approx([0.05, 0.15, 0.2])
+
+
+def test_plot_has_the_curve_the_gpu_time_and_the_money(make_snapshot: MakeSnapshot) -> None:
+    """A panel for each that is known; what costs nothing has no line of costs."""
+    curve, work, money = cli_advise.panels(cli_advise.advice(told(make_snapshot())))
+    assert curve.mark == (2 * GIB, "now")
+    assert [y for _, y in curve.lines["lru"]] == sorted(y for _, y in curve.lines["lru"])
+    assert set(work.lines) == {"host", "nvme"}
+    assert {"host: saved", "nvme: saved", "nvme: cost"} <= set(money.lines)
+    (unpriced, _) = cli_advise.panels(cli_advise.advice(told(make_snapshot(prices=Prices()))))
+    assert unpriced == curve
+
+
+def test_what_cannot_be_drawn_is_refused_before_the_daemon_is_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["advise", "--runtime-dir", str(tmp_path), "--plot", str(tmp_path / "x.pdf")]) == Exit.USAGE
+    assert ".svg or .png" in capsys.readouterr().err
+
+
+def test_advice_of_a_daemon_is_printed_and_drawn(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, make_snapshot: MakeSnapshot
+) -> None:
+    """And a plot that cannot be written is told."""
+    monkeypatch.setattr(cli_advise, "fetch_status", lambda link: told(make_snapshot()))
+    monkeypatch.setattr(cli_tools, "ControlLink", lambda *_: nullcontext())
+    drawn = tmp_path / "x.svg"
+    assert run(["advise", "--plot", str(drawn)]) == Exit.OK
+    assert "<- now" in capsys.readouterr().out
+    assert drawn.read_text().count("<polyline") >= 5
+    assert run(["advise", "--plot", str(tmp_path / "no" / "x.svg")]) == Exit.USAGE
+    assert "No such file" in capsys.readouterr().err
