@@ -15,4 +15,15 @@ def plot(results: Sequence[Result], path: Path) -> None:
     for result in results:
         line = traces.setdefault(result.trace, {}).setdefault(result.policy, [])
         line.append((result.capacity_percent, result.token_hit_percent))
-    draw([Panel(f"{name}: token hit rate, %", "capacity, % of blocks", lines) for name, lines in traces.items()], path)
+    draw(
+        [
+            Panel(f"{name}: token hit rate, %", "capacity, % of blocks", lines, _percent)
+            for name, lines in traces.items()
+        ],
+        path,
+    )
+
+
+def _percent(value: float) -> str:
+    """1 % of a trace's blocks, cut off to whole ones, is 0.999 %."""
+    return f"{round(value, 2):g}"

@@ -99,7 +99,9 @@ def _svg_panel(panel: Panel) -> str:
         _, y = frame.place(frame.low, value)
         parts.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" stroke="#ddd"/>')
         parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{_short(value)}</text>')
-    parts += _svg_ticks(panel, frame)
+    for value, text in _ticks(panel, frame):
+        x, _ = frame.place(value, 0)
+        parts.append(f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{escape(text)}</text>')
     if panel.mark is not None:
         at, name = panel.mark
         x, _ = frame.place(min(max(at, frame.low), frame.high), 0)
@@ -113,16 +115,16 @@ def _svg_panel(panel: Panel) -> str:
     return "".join(parts)
 
 
-def _svg_ticks(panel: Panel, frame: _Frame) -> list[str]:
-    """A text under each x for which there is room, from the left."""
-    parts, taken = [], float("-inf")
+def _ticks(panel: Panel, frame: _Frame) -> list[tuple[float, str]]:
+    """Each x for which there is room, from the left, and its text."""
+    ticks, taken = [], float("-inf")
     for value in sorted({x for x, _ in panel.points}):
         text, (x, _) = panel.tick(value), frame.place(value, 0)
         half = TICK_CHARS_PX * len(text) / 2
         if x - half >= taken:
-            parts.append(f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{escape(text)}</text>')
+            ticks.append((value, text))
             taken = x + half
-    return parts
+    return ticks
 
 
 def _short(value: float) -> str:
@@ -138,8 +140,7 @@ def _png(panels: Sequence[Panel], path: Path) -> None:
         for name, line in panel.lines.items():
             axes.plot(*zip(*sorted(line), strict=True), marker="o", label=name)
         axes.set_xscale("log")
-        places = sorted({x for x, _ in panel.points})
-        axes.set_xticks(places, [panel.tick(x) for x in places], rotation=30)
+        axes.set_xticks(*zip(*_ticks(panel, _Frame(panel.points)), strict=True))
         axes.set_xticks([], minor=True)
         if panel.mark is not None:
             axes.axvline(panel.mark[0], color="#999", label=panel.mark[1])
