@@ -35,7 +35,7 @@ class BeladyPolicy(FlatPolicy):
         super().request(hashes, rows, now, opens=opens)
 
     def _next_use(self, name: bytes) -> int:
-        uses = self._future[name]
+        uses = self._future.get(name, ())
         at = bisect_right(uses, self._request)
         return uses[at] if at < len(uses) else _NEVER
 

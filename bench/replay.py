@@ -24,6 +24,7 @@ from forebay.daemon.chart import CannotPlot, check_plot
 from forebay.kvstore.admission import BURST_S, DAY_S, WriteTerms
 from forebay.kvstore.shapes import SHAPES, ModelShape
 
+BLOCK_TOKENS = 512
 SWEEP = "1%,2%,5%,10%,20%,50%"
 JSON_KEYS = (
     "trace", "policy", "capacity_percent", "capacity_blocks", "token_hit_percent", "flops_saved_percent",
@@ -49,7 +50,7 @@ class Size:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One run; what a worker process is sent."""
+    """One run; what a worker process is sent. `block_tokens` 0: as the trace tells."""
 
     trace: Path
     policy: str
@@ -143,7 +144,8 @@ def _trace(path: Path) -> Trace:
 def run_one(job: Job) -> Result:
     """Raises BadTrace, OSError."""
     trace = _trace(job.trace)
-    block_bytes = job.shape.kv_token_bytes * job.block_tokens
+    block_tokens = job.block_tokens or trace.block_tokens or BLOCK_TOKENS
+    block_bytes = job.shape.kv_token_bytes * block_tokens
     return replay(
         trace,
         job.policy,
@@ -151,7 +153,7 @@ def run_one(job: Job) -> Result:
         job.host.blocks(trace, block_bytes),
         drive=_drive(job, job.nvme, trace, block_bytes) if job.nvme else None,
         shape=job.shape,
-        block_tokens=job.block_tokens,
+        block_tokens=block_tokens,
         warm_up=job.warm_up,
     )
 
@@ -243,7 +245,9 @@ def _parser() -> argparse.ArgumentParser:
         default="llama-3-70b",
         help="its shape turns bytes into blocks and tokens into work",
     )
-    parser.add_argument("--block-tokens", type=_whole, default=512, metavar="N", help="in a block of the trace (512)")
+    parser.add_argument(
+        "--block-tokens", type=_whole, default=0, metavar="N", help="in a block of the trace (what it tells, or 512)"
+    )
     parser.add_argument(
         "--warm-up", type=_percent, default=0.0, metavar="PERCENT", help="leading requests left out of the rates (0)"
     )

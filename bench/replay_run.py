@@ -8,10 +8,9 @@ its policies is modelled here.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from forebay.bench.trace import Trace
+from forebay.bench.trace import Request, Trace
 from forebay.kvstore.admission import BURST_S, DAY_S, WriteTerms
 from forebay.kvstore.eviction.policies import PolicyMaker
 from forebay.kvstore.groups import Direction
@@ -100,14 +99,14 @@ class _Run:
         self.has_nvme = drive is not None
         self.new_blocks = self.written_blocks = 0
 
-    def ask(self, names: Sequence[bytes], now: float) -> int:
-        """Blocks that a request finds; then it stores the others."""
-        store, ns = self.store, self.shard.ns
+    def ask(self, request: Request) -> int:
+        """Blocks that a request finds; then it stores the others, and its answer's."""
+        store, ns, names, now = self.store, self.shard.ns, request.names, request.now_s
         found = len(store.lookup(_SESSION, ns, names, now))
         lease = store.acquire(_SESSION, ns, names[:found], 60.0, now).lease_id if self.has_nvme and found else 0
         self._carry_out(now)
-        reserved = store.reserve(_SESSION, ns, b"", names, now)
-        self.new_blocks += len(names) - found
+        reserved = store.reserve(_SESSION, ns, b"", names + request.answer, now)
+        self.new_blocks += len(names) + len(request.answer) - found
         if reserved.reservation_id:
             store.commit(_SESSION, reserved.reservation_id, (), now)
         if lease:
@@ -150,7 +149,7 @@ def replay(
     looked = 0
     first = int(warm_up * len(trace.requests))
     for number, request in enumerate(trace.requests):
-        found = min(run.ask(request.names, request.now_s) * block_tokens, request.tokens)
+        found = min(run.ask(request) * block_tokens, request.tokens)
         if number < first:
             continue
         hit, asked = hit + found, asked + request.tokens

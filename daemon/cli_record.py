@@ -16,12 +16,13 @@ import signal
 import sys
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from hashlib import blake2b
 from pathlib import Path
 from types import FrameType
-from typing import IO, cast
+from typing import IO, NamedTuple, cast
 
 from forebay.daemon.cli import Exit
 from forebay.daemon.cli_tools import asking, fetch_status
@@ -40,12 +41,23 @@ from forebay.transports.messages import (
 _POLL_S = 0.05
 _LAST_S = 2.0
 _KEY_BYTES = 32
+_ANSWER_US = 60_000_000
+"""So long after a request what is stored beyond its prompt is taken for its answer."""
+_WAITING_BLOCKS_MAX = 1 << 20
 _ID_SHIFT = 11
 """Ids have 53 bits, so that readers that take every number for a double keep them."""
 
 
+class _Line(NamedTuple):
+    """A request: when it came, the ids of its blocks, and those of the blocks that were stored beyond them."""
+
+    after_us: int
+    ids: list[int]
+    answer: list[int]
+
+
 class _Trace:
-    """The file, and what has been written to it."""
+    """The file, and what is to be written to it: a line waits a minute for blocks of its request's answer."""
 
     def __init__(self, lines: IO[bytes], found: FindNamespaceReply, bytes_max: int) -> None:
         self.requests = self.blocks = self.size_bytes = 0
@@ -53,31 +65,69 @@ class _Trace:
         self._found = found
         self._bytes_max = bytes_max
         self._key = secrets.token_bytes(_KEY_BYTES)
+        self._waiting: OrderedDict[int, _Line] = OrderedDict()
+        self._waiting_blocks = 0
 
-    def write(self, reply: RecordedReply) -> bool:
-        """Write what was taken; False when the file is as large as it may be."""
+    def take(self, reply: RecordedReply) -> bool:
+        """Take what has come; False when the file is as large as it may be."""
         numbers, names = split_u64(reply.requests), split_hashes(reply.blob, self._found.hash_bytes)
         at = 0
-        for after_us, count in zip(numbers[::2], numbers[1::2], strict=True):
-            line = self._line(after_us, names[at : at + count])
+        for number, after_us, count in zip(numbers[::3], numbers[1::3], numbers[2::3], strict=True):
+            ids = [self._id(name) for name in names[at : at + count]]
             at += count
-            if self.size_bytes + len(line) > self._bytes_max:
+            if not self._add(number, after_us, ids):
                 return False
-            self._lines.write(line)
-            self.requests, self.blocks, self.size_bytes = (
-                self.requests + 1,
-                self.blocks + count,
-                self.size_bytes + len(line),
-            )
+            self._write_settled(after_us)
         return True
 
-    def _line(self, after_us: int, names: list[bytes]) -> bytes:
-        request = {
-            "timestamp": after_us // 1000,
-            "input_length": len(names) * self._found.block_tokens,
-            "output_length": 0,
-            "hash_ids": [self._id(name) for name in names],
+    def end(self) -> None:
+        """Write what waits still."""
+        while self._waiting:
+            self._write_first()
+
+    def _add(self, number: int, after_us: int, ids: list[int]) -> bool:
+        if number > self.requests:
+            line = _Line(after_us, ids, [])
+        elif number in self._waiting:
+            before = self._waiting[number]
+            line = _Line(before.after_us, before.ids, before.answer + ids)
+        else:
+            return True  # of an answer that took too long
+        size_bytes = self.size_bytes + len(self._encoded(line))
+        if number in self._waiting:
+            size_bytes -= len(self._encoded(self._waiting[number]))
+        if size_bytes > self._bytes_max:
+            return False
+        self.requests, self.size_bytes = max(self.requests, number), size_bytes
+        self.blocks += len(ids)
+        self._waiting_blocks += len(ids)
+        self._waiting[number] = line
+        return True
+
+    def _write_settled(self, now_us: int) -> None:
+        """Write the lines whose time has come, or for which too many wait."""
+        while self._waiting:
+            first = next(iter(self._waiting.values()))
+            if now_us - first.after_us < _ANSWER_US and self._waiting_blocks <= _WAITING_BLOCKS_MAX:
+                return
+            self._write_first()
+
+    def _write_first(self) -> None:
+        _, line = self._waiting.popitem(last=False)
+        self._waiting_blocks -= len(line.ids) + len(line.answer)
+        self._lines.write(self._encoded(line))
+
+    def _encoded(self, line: _Line) -> bytes:
+        tokens = self._found.block_tokens
+        request: dict[str, object] = {
+            "timestamp": line.after_us // 1000,
+            "input_length": len(line.ids) * tokens,
+            "output_length": len(line.answer) * tokens,
+            "block_size": tokens,
+            "hash_ids": line.ids,
         }
+        if line.answer:
+            request["output_hash_ids"] = line.answer
         return json.dumps(request).encode() + b"\n"
 
     def _id(self, name: bytes) -> int:
@@ -114,13 +164,16 @@ def _record(arguments: argparse.Namespace, link: ControlLink) -> int:
     with _interruptible() as interrupted:
         link.call(RecordRequest(found.ns, max(1, int(arguments.seconds * 1000)), arguments.requests), RecordReply)
         print(f"recording to {arguments.output}; Ctrl-C ends it", file=sys.stderr)
-        dropped, end = _follow(link, trace, interrupted)
+        try:
+            dropped, end = _follow(link, trace, interrupted)
+        finally:
+            trace.end()
     answer = {
         "file": arguments.output, "requests": trace.requests, "blocks": trace.blocks, "bytes": trace.size_bytes,
         "block_tokens": found.block_tokens, "dropped": dropped, "ended_by": end,
     }  # fmt: skip
     text = f"{trace.requests} requests of {trace.blocks} blocks, {dropped} dropped, ended by {end}"
-    hint = f"\nforebay replay {arguments.output} --block-tokens {found.block_tokens}" if trace.requests else ""
+    hint = f"\nforebay replay {arguments.output}" if trace.requests else ""
     print(json.dumps(answer) if arguments.json else text + hint)
     return Exit.OK if trace.requests else Exit.NEGATIVE
 
@@ -140,7 +193,7 @@ def _follow(link: ControlLink, trace: _Trace, interrupted: Callable[[], bool]) -
         except PeerLost:
             return dropped, "the daemon's end"
         dropped = reply.dropped
-        if not trace.write(reply):
+        if not trace.take(reply):
             return dropped, "its size"
         if reply.ended:
             return dropped, "its time or number of requests"

@@ -187,7 +187,7 @@ class Verbs:
     def _recorded(self, session_id: int, request: m.RecordedRequest, now: float) -> m.RecordedReply:
         blocks_max = m.TAKEN_BYTES_MAX // m.HASH_BYTES_MAX
         taken, dropped, ended = self.store.recorded(session_id, blocks_max, now)
-        numbers = m.join_u64(n for each in taken for n in (int(each.after_s * 1e6), len(each.hashes)))
+        numbers = m.join_u64(n for each in taken for n in (each.number, int(each.after_s * 1e6), len(each.hashes)))
         return m.RecordedReply(numbers, b"".join(name for each in taken for name in each.hashes), dropped, ended)
 
     def _explain(self, session_id: int, request: m.ExplainRequest, now: float) -> m.ExplainReply:

@@ -334,6 +334,8 @@ class Store:
         group = shard.group
         present = group.index.walk(hashes)
         parent_row = self._parent_row(group, parent)
+        if self.physics.recording is not None:
+            self.physics.recording.stored(group, parent, hashes, now)
         group.grow(hashes, present, parent_row, now)
         self._last_asked_s = now
         outcomes = bytearray([Outcome.PRESENT]) * len(present)

@@ -710,9 +710,10 @@ class RecordedRequest(Request):
 
 @dataclass(frozen=True, slots=True)
 class RecordedReply(Reply):
-    """The oldest requests that wait: of each a time in us since RECORD and its number of blocks, as two u64.
+    """The oldest items that wait: of each a number, a time in us since RECORD and how many blocks, as three u64.
 
-    `blob` has the hashes of all of them, one request after the other. `dropped` counts from the beginning.
+    The first item of a number is a request; a later one has blocks stored that continue that one's chain. `blob` has
+    the hashes of all of them, one item after the other. `dropped` counts from the beginning.
     """
 
     requests: bytes
@@ -721,7 +722,7 @@ class RecordedReply(Reply):
     ended: bool
 
     def check(self) -> None:
-        check_bytes("requests", self.requests, _U64_BLOB_BYTES_MAX, 16)
+        check_bytes("requests", self.requests, _U64_BLOB_BYTES_MAX, 24)
         check_bytes("blob", self.blob, _BLOB_BYTES_MAX)
         check_int("dropped", self.dropped, 0, U63_MAX)
         check_bool("ended", self.ended)

@@ -76,6 +76,18 @@ def test_budget_in_percent_is_for_the_whole_trace(trace: Path, capsys: pytest.Ca
     assert "budget used" not in capsys.readouterr().out
 
 
+def test_trace_tells_the_size_of_its_blocks_unless_it_is_told(trace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of 320 KiB of KV a token, 64 GiB hold so many of each size."""
+    sized = trace.with_name("sized.jsonl")
+    lines = [json.loads(line) for line in trace.read_text().splitlines()]
+    sized.write_text("".join(json.dumps(line | {"block_size": 16}) + "\n" for line in lines))
+    blocks = []
+    for words in ([str(trace)], [str(sized)], [str(sized), "--block-tokens", "32"]):
+        assert main([*words, "--policy", "lru", "--capacity", "64GiB", "--jobs", "1", "--json"]) == 0
+        blocks.append(json.loads(capsys.readouterr().out)[0]["capacity_blocks"])
+    assert blocks == [(64 << 30) // (327_680 * tokens) for tokens in (512, 16, 32)]
+
+
 def test_plot_is_written_as_svg(trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """One line a policy; no library is needed for it."""
     drawn = tmp_path / "plot.svg"

@@ -48,6 +48,13 @@ def test_lru_of_a_tiny_trace_is_what_one_counts_by_hand() -> None:
     assert (result.capacity_blocks, result.capacity_percent, result.occupancy_mean) == (4, 66.667, 1.0)
 
 
+@pytest.mark.parametrize("policy", ["lru", "belady"])
+def test_answers_are_stored_and_found_by_the_next_turn(policy: str) -> None:
+    names = tuple(b"abcd"[: end + 1].ljust(16) for end in range(4))
+    turns = Request(0.0, 512 * 2, names[:2], answer=names[2:3]), Request(1.0, 512 * 4, names)
+    assert run(Trace("talk", turns, 4), policy, 4).token_hit_percent == pytest.approx(100 * 3 / 6)
+
+
 def test_belady_does_not_store_what_never_comes_back() -> None:
     result = run(trace_of("abc", "xyz", "ab", "ab"), "belady", 4)
     assert result.token_hit_percent == pytest.approx(100 * (0 + 0 + 2 + 2) / 10)

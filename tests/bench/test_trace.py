@@ -28,6 +28,27 @@ def test_plain_and_gzip_are_the_same_in_the_order_of_time(tmp_path: Path, name: 
     assert trace.requests[0].names == trace.requests[1].names[:1]
 
 
+def test_answers_that_were_stored_are_told_apart_from_prompts(tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    path.write_text('{"timestamp": 0, "input_length": 512, "hash_ids": [7], "output_hash_ids": [8, 9]}\n' + GOOD)
+    trace = read_trace(path)
+    first, second, third = trace.requests
+    assert (len(first.answer), second.answer, third.answer, trace.unique_blocks) == (2, (), (), 3)
+    assert first.answer[1] == third.names[1]
+
+
+def test_size_of_blocks_is_told_or_not_but_not_differently(tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    path.write_text(GOOD)
+    assert read_trace(path).block_tokens == 0
+    sized = '{"timestamp": 0, "input_length": 16, "block_size": %d, "hash_ids": [1]}\n'
+    path.write_text(sized % 16 + GOOD)
+    assert read_trace(path).block_tokens == 16
+    path.write_text(sized % 16 + sized % 32)
+    with pytest.raises(BadTrace, match="2 sizes, 16 to 32 tokens"):
+        read_trace(path)
+
+
 @pytest.mark.parametrize(
     "line",
     [
@@ -37,6 +58,8 @@ def test_plain_and_gzip_are_the_same_in_the_order_of_time(tmp_path: Path, name: 
         '{"timestamp": 0, "input_length": -1, "hash_ids": [1]}',
         '{"timestamp": 0, "input_length": 1, "hash_ids": ["x"]}',
         '{"timestamp": 0, "input_length": 1, "hash_ids": [1, 1]}',
+        '{"timestamp": 0, "input_length": 1, "hash_ids": [1], "block_size": 0}',
+        '{"timestamp": 0, "input_length": 1, "hash_ids": [1], "output_hash_ids": [1]}',
     ],
 )
 def test_line_that_is_no_request_is_named(tmp_path: Path, line: str) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import random
 import signal
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
@@ -38,8 +40,11 @@ def daemon() -> Iterator[LiveDaemon]:
         yield daemon
 
 
-def work(daemon: LiveDaemon, requests: int = 150) -> float:
-    """Conversations of 4 blocks more each turn, as an engine asks and stores; the share of blocks that were there."""
+def work(daemon: LiveDaemon, requests: int = 150, answer_blocks: int = 0) -> float:
+    """Conversations of 4 blocks more each turn, as an engine asks and stores; the share of blocks that were there.
+
+    Of these 4 so many are the last turn's answer, which is stored when the engine has given it.
+    """
     chosen, turns = random.Random(1), [0] * 20
     memory = np.zeros((128, 1 << 16), np.uint8)
     hit = asked = 0
@@ -52,6 +57,9 @@ def work(daemon: LiveDaemon, requests: int = 150) -> float:
             found = client.lookup(ns, hashes).blocks
             assert client.fetch(ns, hashes, memory).blocks == found
             client.store(ns, hashes, memory)
+            if answer_blocks:
+                length = 64 * turns[who] + 16 * answer_blocks
+                client.store(ns, HASHER.hashes(range(who * 100_000, who * 100_000 + length)), memory)
             hit, asked = hit + found, asked + len(hashes)
     return hit / asked
 
@@ -70,9 +78,15 @@ def begin(daemon: LiveDaemon, *words: str) -> subprocess.Popen[str]:
     return recorder
 
 
-def token_hits(trace: Trace) -> float:
-    found = replay(trace, "lru", lru, BLOCKS, shape=SHAPES["llama-3-70b"], block_tokens=SPEC.block_tokens)
+def token_hits(trace: Trace, warm_up: float = 0.0) -> float:
+    shape = SHAPES["llama-3-70b"]
+    assert trace.block_tokens == SPEC.block_tokens
+    found = replay(trace, "lru", lru, BLOCKS, shape=shape, block_tokens=trace.block_tokens, warm_up=warm_up)
     return found.token_hit_percent
+
+
+def prompts_of(trace: Trace) -> Trace:
+    return replace(trace, requests=tuple(replace(request, answer=()) for request in trace.requests))
 
 
 @pytest.mark.parametrize("name", ["trace.jsonl", "trace.jsonl.gz"])
@@ -94,6 +108,42 @@ def test_a_trace_replays_to_the_hit_rate_of_the_daemon(daemon: LiveDaemon, tmp_p
     assert token_hits(trace) == pytest.approx(100 * hit_share, abs=1e-9)
     assert path.stat().st_mode & 0o777 == 0o600
     assert trace.unique_blocks > BLOCKS
+
+
+def test_answers_that_were_stored_are_told_and_replayed(daemon: LiveDaemon, tmp_path: Path) -> None:
+    """As the daemon had them: without that a replay would hit less than it did."""
+    path = tmp_path / "trace.jsonl"
+    recorder = begin(daemon, "-o", str(path), "--requests", "150")
+    hit_share = work(daemon, 150, answer_blocks=2)
+    assert recorder.wait(END_S) == Exit.OK
+    recorder.communicate()
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["output_length"] for line in lines[:-1]] == [32] * 149, "the last one's came after the last request"
+    assert all(len(line["output_hash_ids"]) == 2 for line in lines[:-1])
+    trace = read_trace(path)
+    assert token_hits(trace) == pytest.approx(100 * hit_share, abs=1e-9)
+    assert token_hits(prompts_of(trace)) < 100 * hit_share - 1
+
+
+def test_another_simulator_reads_the_trace_too(daemon: LiveDaemon, tmp_path: Path) -> None:
+    """And hits as much of the prompts, once it is full; the key that it does not know is passed over."""
+    if importlib.util.find_spec("kvcache_sim") is None:
+        pytest.skip("kvcache-simulator (PyPI, 0.1.3 was tried) is not installed: nothing reads the trace")
+    from kvcache_sim.plan import build_execution_plan
+    from kvcache_sim.policies import simulate_policy
+    from kvcache_sim.trace import parse_trace_file
+
+    path = tmp_path / "trace.jsonl.gz"
+    recorder = begin(daemon, "-o", str(path), "--requests", "150")
+    work(daemon, 150, answer_blocks=2)
+    assert recorder.wait(END_S) == Exit.OK
+    recorder.communicate()
+    trace = read_trace(path)
+    assert any(request.answer for request in trace.requests)
+    plan = build_execution_plan(parse_trace_file(path), warmup_fraction=0.5)
+    expected = 100 * simulate_policy(plan, "lru", BLOCKS).hitRate
+    assert token_hits(prompts_of(trace), warm_up=0.5) == pytest.approx(expected, abs=0.0005)
+    assert expected > 10
 
 
 def test_two_recordings_share_no_id(daemon: LiveDaemon, tmp_path: Path) -> None:

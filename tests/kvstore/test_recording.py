@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from forebay.kvstore import recording
 from forebay.kvstore.errors import Busy, Forbidden, NotLeased
 from forebay.kvstore.recording import QUEUE_REQUESTS_MAX
 from support.core import World, chain, spec
@@ -23,6 +24,7 @@ def world() -> World:
 
 def taken(world: World, blocks_max: int = 1000) -> list[tuple[float, list[bytes]]]:
     found, _, _ = world.store.recorded(OPERATOR, blocks_max, world.now)
+    assert len({each.number for each in found}) == len(found), "nothing but requests"
     return [(each.after_s, list(each.hashes)) for each in found]
 
 
@@ -42,6 +44,55 @@ def test_a_chain_that_continues_another_is_kept_whole(world: World) -> None:
     world.write(chain("a", 4))
     world.hits(chain("a", 4)[2:])
     assert taken(world) == [(0.0, chain("a", 4))]
+
+
+def items(world: World) -> list[tuple[int, list[bytes]]]:
+    found, _, _ = world.store.recorded(OPERATOR, 1000, world.now)
+    return [(each.number, list(each.hashes)) for each in found]
+
+
+def test_what_is_stored_beyond_a_prompt_is_its_answer(world: World) -> None:
+    """Whether stored whole or behind the block that it continues, and as it grows; each block once."""
+    talk = chain("a", 7)
+    world.hits(talk[:3])
+    world.write(talk[:3])
+    world.write(talk[:4])
+    world.write(talk[:4])
+    world.store.reserve(world.session, world.ns, talk[3], talk[4:6], world.now)
+    world.write(chain("b", 2))
+    assert items(world) == [(1, talk[:3]), (1, talk[3:4]), (1, talk[4:6])]
+
+
+def test_same_answer_to_the_same_prompt_is_told_again(world: World) -> None:
+    """Although its blocks are there."""
+    talk = chain("a", 4)
+    for _ in range(2):
+        world.hits(talk[:2])
+        world.write(talk)
+    assert items(world) == [(1, talk[:2]), (1, talk[2:]), (2, talk[:2]), (2, talk[2:])]
+
+
+def test_next_turns_prompt_is_not_the_last_ones_answer(world: World) -> None:
+    """Stored in parts, as an engine does that computes a long prompt in several steps."""
+    talk = chain("a", 8)
+    world.hits(talk[:2])
+    world.write(talk[:2])
+    world.hits(talk[:6])
+    world.write(talk[:4])
+    world.write(talk[:6])
+    world.write(talk[:7])
+    assert items(world) == [(1, talk[:2]), (2, talk[:6]), (2, talk[6:7])]
+
+
+def test_answers_of_requests_beyond_the_last_few_thousand_are_not_known(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recording, "OPEN_REQUESTS_MAX", 1)
+    for label in "ab":
+        world.hits(chain(label, 1))
+    for label in "ab":
+        world.write(chain(label, 2))
+    assert items(world) == [(1, chain("a", 1)), (2, chain("b", 1)), (2, chain("b", 2)[1:])]
 
 
 def test_what_is_taken_is_bounded_but_by_one_request(world: World) -> None:

@@ -84,7 +84,7 @@ replies = st.one_of(
     *[st.builds(r, u63, u63) for r in (m.EvictReply, m.ClearReply)],
     *[st.builds(r, counts, counts) for r in (m.PrefetchReply, m.PersistReply)],
     st.builds(m.ExplainReply, names),
-    st.builds(m.RecordedReply, number_blobs(16), blobs, counts, st.booleans()),
+    st.builds(m.RecordedReply, number_blobs(24), blobs, counts, st.booleans()),
     st.builds(m.StatusReply, names),
     st.builds(m.CheckReply, st.lists(names, max_size=4).map(tuple)),
 )
