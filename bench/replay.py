@@ -12,9 +12,10 @@ import multiprocessing
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from forebay.bench.replay_plot import plot
 from forebay.bench.replay_policies import NAMES, policy_maker
@@ -24,6 +25,9 @@ from forebay.daemon.chart import CannotPlot, check_plot
 from forebay.kvstore.admission import BURST_S, DAY_S, WriteTerms
 from forebay.kvstore.shapes import SHAPES, ModelShape
 
+if TYPE_CHECKING:
+    from multiprocessing.sharedctypes import Synchronized
+
 BLOCK_TOKENS = 512
 SWEEP = "1%,2%,5%,10%,20%,50%"
 JSON_KEYS = (
@@ -32,6 +36,7 @@ JSON_KEYS = (
 )  # fmt: skip
 _UNITS = {"": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
 _BAR = 30
+_LOOK_S = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,9 +92,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if parsed.plot:
             check_plot(parsed.plot)
-        for path in parsed.traces:
-            read_trace(path)
-        results = run(jobs, parsed.jobs)
+        requests = {path: len(read_trace(path).requests) for path in parsed.traces}
+        results = run(jobs, parsed.jobs, requests)
         if parsed.plot:
             plot(results, parsed.plot)
     except (BadTrace, CannotPlot, OSError) as error:
@@ -100,30 +104,82 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if parsed.json:
         print(json.dumps([{key: getattr(result, key) for key in JSON_KEYS} for result in results], indent=1))
     else:
-        print(table(results, parsed.price_per_gpu_hour))
+        print(table(results, parsed.price_per_gpu_hour, parsed.price_per_tb_written))
     return 0
 
 
-def run(jobs: Sequence[Job], processes: int) -> list[Result]:
-    """The results in the order of the jobs; each runs in a process of its own, and no result depends on how many."""
-    results: dict[int, Result] = {}
+def run(jobs: Sequence[Job], processes: int, requests: Mapping[Path, int]) -> list[Result]:
+    """The results in the order of the jobs; each runs in a process of its own, and no result depends on how many.
+
+    `requests` are how many each trace has, for the progress that is told.
+    """
     numbered = sorted(enumerate(jobs), key=lambda item: _cost(item[1]))
-    _progress(0, len(jobs))
+    bar = _Bar(len(jobs), sum(requests[job.trace] for job in jobs))
     if processes == 1 or len(jobs) == 1:
-        for number, job in numbered:
-            results[number] = run_one(job)
-            _progress(len(results), len(jobs))
+        results = {number: run_one(job, bar.add) for number, job in numbered}
     else:
-        with multiprocessing.get_context("spawn").Pool(min(processes, len(jobs))) as pool:
-            for number, result in pool.imap_unordered(_numbered, numbered):
-                results[number] = result
-                _progress(len(results), len(jobs))
+        results = dict(_parallel(numbered, min(processes, len(jobs)), bar))
+    bar.end()
     return [results[number] for number in range(len(jobs))]
+
+
+def _parallel(numbered: Sequence[tuple[int, Job]], processes: int, bar: _Bar) -> Iterator[tuple[int, Result]]:
+    context = multiprocessing.get_context("spawn")
+    done = context.Value("Q", 0)
+    with context.Pool(processes, _share, (done,)) as pool:
+        results = pool.imap_unordered(_numbered, numbered)
+        while True:
+            try:
+                yield results.next(_LOOK_S)
+            except multiprocessing.TimeoutError:
+                bar.show(done.value)
+            except StopIteration:
+                return
+
+
+_shared: list[Synchronized[int]] = []
+"""In a worker process: how many requests all of them have replayed."""
+
+
+def _share(done: Synchronized[int]) -> None:
+    _shared[:] = [done]
+
+
+def _tell(requests: int) -> None:
+    with _shared[0].get_lock():
+        _shared[0].value += requests
 
 
 def _numbered(item: tuple[int, Job]) -> tuple[int, Result]:
     number, job = item
-    return number, run_one(job)
+    return number, run_one(job, _tell)
+
+
+class _Bar:
+    """Progress by requests replayed: a bar where somebody looks, a line at the end where nobody does."""
+
+    def __init__(self, runs: int, requests: int) -> None:
+        self._runs = runs
+        self._requests = max(1, requests)
+        self._done = 0
+        self._drawn = -1
+        self._watched = sys.stderr.isatty()
+        self.show(0)
+
+    def add(self, requests: int) -> None:
+        self.show(self._done + requests)
+
+    def show(self, done: int) -> None:
+        self._done = done
+        percent = min(100, 100 * done // self._requests)
+        if self._watched and percent != self._drawn:
+            self._drawn, filled = percent, _BAR * percent // 100
+            bar = "#" * filled + "." * (_BAR - filled)
+            print(f"\rreplay [{bar}] {percent} % of {self._runs} runs", end="", file=sys.stderr, flush=True)
+
+    def end(self) -> None:
+        self.show(self._requests)
+        print("" if self._watched else f"replay: {self._runs} runs", file=sys.stderr, flush=True)
 
 
 def _cost(job: Job) -> tuple[float, str]:
@@ -141,8 +197,8 @@ def _trace(path: Path) -> Trace:
     return _last[0][1]
 
 
-def run_one(job: Job) -> Result:
-    """Raises BadTrace, OSError."""
+def run_one(job: Job, tell: Callable[[int], None] | None = None) -> Result:
+    """`tell` is told of requests as they are done. Raises BadTrace, OSError."""
     trace = _trace(job.trace)
     block_tokens = job.block_tokens or trace.block_tokens or BLOCK_TOKENS
     block_bytes = job.shape.kv_token_bytes * block_tokens
@@ -155,6 +211,7 @@ def run_one(job: Job) -> Result:
         shape=job.shape,
         block_tokens=block_tokens,
         warm_up=job.warm_up,
+        tell=tell,
     )
 
 
@@ -170,18 +227,23 @@ def _drive(job: Job, size: Size, trace: Trace, block_bytes: int) -> Drive:
     return Drive(blocks, allowed * DAY_S / lasts_s, job.terms, block_bytes, budget_burst_s=BURST_S * lasts_s / DAY_S)
 
 
-def table(results: Sequence[Result], price_per_gpu_hour: float) -> str:
+def table(results: Sequence[Result], price_per_gpu_hour: float, price_per_tb_written: float) -> str:
     """One line a run. GPU hours are those that hits made needless, at half of the peak of an H100.
 
-    Money and the budget are shown where there are any.
+    A drive, money and a budget are shown where there are any.
     """
-    has_budget = any(each.budget_used_percent for each in results)
+    has_drive, has_budget = (
+        any(getattr(each, name) for each in results) for name in ("nvme_blocks", "budget_used_percent")
+    )
     head = (
         f"{'trace':14} {'policy':11} {'capacity':>8} {'blocks':>8} {'token hit':>9} {'FLOPs saved':>11} "
         f"{'writes/new':>10} {'occupancy':>9} {'lost':>9} {'unwritten':>9} {'demoted':>9} {'bypassed':>9} "
         f"{'declined':>9} {'GPU-h saved':>11}"
     )
-    lines = [head + (f" {'$ saved':>9}" if price_per_gpu_hour else "") + (" budget used" if has_budget else "")]
+    head += f" {'nvme':>8}" if has_drive else ""
+    head += f" {'$ saved':>9}" if price_per_gpu_hour else ""
+    head += f" {'$ writes':>9}" if price_per_tb_written else ""
+    lines = [head + (" budget used" if has_budget else "")]
     for each in results:
         hours = each.flops_saved / GPU_FLOPS / 3600
         reasons = " ".join(
@@ -191,19 +253,12 @@ def table(results: Sequence[Result], price_per_gpu_hour: float) -> str:
             f"{each.trace[:14]:14} {each.policy:11} {each.capacity_percent:7.2f}% {each.capacity_blocks:8} "
             f"{each.token_hit_percent:8.2f}% {each.flops_saved_percent:10.2f}% {each.nvme_writes_per_new_block:10.3f} "
             f"{100 * each.occupancy_mean:8.1f}% {reasons} {hours:11.2f}"
+            + (f" {each.nvme_blocks:8}" if has_drive else "")
             + (f" {hours * price_per_gpu_hour:9.2f}" if price_per_gpu_hour else "")
+            + (f" {each.written_bytes / 1e12 * price_per_tb_written:9.2f}" if price_per_tb_written else "")
             + (f" {each.budget_used_percent:10.1f}%" if has_budget else "")
         )
     return "\n".join(lines)
-
-
-def _progress(done: int, total: int) -> None:
-    """A bar where somebody looks, a line at the end where nobody does."""
-    filled = _BAR * done // total
-    if sys.stderr.isatty():
-        print(f"\rreplay [{'#' * filled}{'.' * (_BAR - filled)}] {done}/{total}", end="", file=sys.stderr, flush=True)
-    if done == total:
-        print("" if sys.stderr.isatty() else f"replay: {total} runs", file=sys.stderr, flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:

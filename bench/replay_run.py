@@ -8,6 +8,7 @@ its policies is modelled here.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from forebay.bench.trace import Request, Trace
@@ -24,6 +25,7 @@ from forebay.kvstore.store import Store, StoreConfig
 _SESSION = 1
 GPU_FLOPS = 989e12 / 2
 """A second, of a prefill: half of the peak of an H100 in bf16. An assumption."""
+TOLD_REQUESTS = 128
 BLOCK_BYTES = 4096
 """Of a block, to the store: the least that an nvme slot holds, since bytes are only counted."""
 
@@ -37,6 +39,7 @@ class Result:
         evictions: blocks by reason: `lost` for space, `unwritten` of them without an nvme tier having had them,
             `demoted` to it, `bypassed` (never stored), `declined` (found not to be worth a write to it).
         flops_saved: prefill work that hits made needless.
+        written_bytes: to the drive, of real blocks.
         budget_used_percent: what was written, of what the write budget allows in the time that the trace lasts.
     """
 
@@ -51,6 +54,7 @@ class Result:
     evictions: dict[str, int]
     flops_saved: float
     nvme_blocks: int
+    written_bytes: float = 0.0
     budget_used_percent: float = 0.0
 
 
@@ -135,10 +139,11 @@ def replay(
     shape: ModelShape,
     block_tokens: int = 512,
     warm_up: float = 0.0,
+    tell: Callable[[int], None] | None = None,
 ) -> Result:
     """Run the whole trace; `host_blocks` at least 1.
 
-    The leading share `warm_up` of requests is left out of the rates.
+    The leading share `warm_up` of requests is left out of the rates. `tell` is told of each few that are done.
     """
     physics = PhysicsConfig(
         prefill_tokens_per_s=GPU_FLOPS / shape.token_flops, prefill_double_tokens=shape.double_tokens
@@ -149,6 +154,8 @@ def replay(
     looked = 0
     first = int(warm_up * len(trace.requests))
     for number, request in enumerate(trace.requests):
+        if tell is not None and number % TOLD_REQUESTS == TOLD_REQUESTS - 1:
+            tell(TOLD_REQUESTS)
         found = min(run.ask(request) * block_tokens, request.tokens)
         if number < first:
             continue
@@ -177,6 +184,7 @@ def replay(
         },
         flops_saved=saved,
         nvme_blocks=drive.blocks if drive else 0,
+        written_bytes=run.written_blocks * drive.block_bytes if drive else 0.0,
         budget_used_percent=_budget_used_percent(drive, run.written_blocks, trace) if drive else 0.0,
     )
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -49,8 +51,8 @@ def test_processes_change_nothing(trace: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_table_names_tiers_work_and_money(trace: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = [str(trace), "--policy", "lru", "--host", "5%", "--nvme", "60%", "--price-per-gpu-hour", "2.35"]
-    assert main(arguments) == 0
+    prices = ["--price-per-gpu-hour", "2.35", "--price-per-tb-written", "0.08"]
+    assert main([str(trace), "--policy", "lru", "--host", "5%", "--nvme", "60%", *prices]) == 0
     head, line = capsys.readouterr().out.splitlines()
     for word in (
         "token hit",
@@ -59,7 +61,9 @@ def test_table_names_tiers_work_and_money(trace: Path, capsys: pytest.CaptureFix
         "occupancy",
         "demoted",
         "GPU-h saved",
+        "nvme",
         "$ saved",
+        "$ writes",
     ):
         assert word in head
     assert line.startswith("talks          lru")
@@ -86,6 +90,20 @@ def test_trace_tells_the_size_of_its_blocks_unless_it_is_told(trace: Path, capsy
         assert main([*words, "--policy", "lru", "--capacity", "64GiB", "--jobs", "1", "--json"]) == 0
         blocks.append(json.loads(capsys.readouterr().out)[0]["capacity_blocks"])
     assert blocks == [(64 << 30) // (327_680 * tokens) for tokens in (512, 16, 32)]
+
+
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_who_looks_sees_how_far_it_has_come(
+    trace: Path, jobs: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By requests, not by runs: one run may take a minute."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert main([str(trace), "--policy", "lru", "--capacity", "10%,20%", "--jobs", jobs]) == 0
+    drawn = re.findall(r"\rreplay \[([#.]{30})\] (\d+) % of 2 runs", capsys.readouterr().err)
+    assert (drawn[0], drawn[-1]) == (("." * 30, "0"), ("#" * 30, "100"))
+    assert [int(percent) for _, percent in drawn] == sorted(int(percent) for _, percent in drawn)
+    if jobs == "1":  # two processes may have done all before anybody looked
+        assert ("#" * 9 + "." * 21, "32") in drawn, "128 of 400 requests"
 
 
 def test_plot_is_written_as_svg(trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
