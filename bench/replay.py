@@ -11,6 +11,7 @@ import json
 import multiprocessing
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -143,6 +144,7 @@ _shared: list[Synchronized[int]] = []
 
 def _share(done: Synchronized[int]) -> None:
     _shared[:] = [done]
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever waits for this one gets it too, and ends it
 
 
 def _tell(requests: int) -> None:
