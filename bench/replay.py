@@ -127,7 +127,7 @@ def run(jobs: Sequence[Job], processes: int, requests: Mapping[Path, int]) -> li
 def _parallel(numbered: Sequence[tuple[int, Job]], processes: int, bar: _Bar) -> Iterator[tuple[int, Result]]:
     context = multiprocessing.get_context("spawn")
     done = context.Value("Q", 0)
-    with context.Pool(processes, _share, (done,)) as pool:
+    with context.Pool(processes, _begin, (done,)) as pool:
         results = pool.imap_unordered(_numbered, numbered)
         while True:
             try:
@@ -142,7 +142,7 @@ _shared: list[Synchronized[int]] = []
 """In a worker process: how many requests all of them have replayed."""
 
 
-def _share(done: Synchronized[int]) -> None:
+def _begin(done: Synchronized[int]) -> None:
     _shared[:] = [done]
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever waits for this one gets it too, and ends it
 
