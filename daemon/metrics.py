@@ -391,8 +391,9 @@ def _io_seconds(snapshot: DaemonSnapshot) -> Histogram:
 
 
 def _eta_errors(snapshot: DaemonSnapshot) -> Histogram:
-    plans = [physics.plans for physics in _each(snapshot.store.physics)]
-    return ETA_BOUNDS, [("nvme", each.eta_errors, each.eta_error_sum) for each in plans]
+    tiers = [tier.tier for tier in snapshot.store.tiers]
+    errors = [zip(tiers, physics.plans.errors, strict=False) for physics in _each(snapshot.store.physics)]
+    return ETA_BOUNDS, [(tier, found.counts, found.total) for each in errors for tier, found in each]
 
 
 _HISTOGRAMS = {

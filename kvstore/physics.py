@@ -10,10 +10,12 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 
 from forebay.kvstore.curve import NamespaceCurve, ReuseCurve
 from forebay.kvstore.groups import HOST, NVME, Group
+from forebay.kvstore.load_times import LoadTimes
 from forebay.kvstore.planner import NO_PLAN, Demand, Link, Mode, Plan, PrefillRate, plan
 from forebay.kvstore.recording import Recording
 
@@ -69,17 +71,31 @@ class Savings:
 
 
 @dataclass(slots=True)
-class PlanCounts:
-    """Plans by what they said, and how far from the truth their load times were.
+class EtaErrors:
+    """How far from the truth predicted load times were, relative to it.
 
-    `eta_errors[i]` counts relative errors up to ETA_BOUNDS[i], its last element the rest.
+    `counts[i]` are errors up to ETA_BOUNDS[i], its last element the rest.
     """
+
+    counts: list[int] = field(default_factory=lambda: [0] * (len(ETA_BOUNDS) + 1))
+    total: float = 0.0
+
+    def add(self, predicted_s: float, took_s: float) -> None:
+        """Nothing, where either is not known."""
+        if predicted_s > 0 and took_s > 0:
+            error = abs(predicted_s - took_s) / took_s
+            self.counts[bisect_left(ETA_BOUNDS, error)] += 1
+            self.total += error
+
+
+@dataclass(slots=True)
+class PlanCounts:
+    """Plans by what they said, and by tier how well load times were foreseen."""
 
     load: int = 0
     part: int = 0
     recompute: int = 0
-    eta_errors: list[int] = field(default_factory=lambda: [0] * (len(ETA_BOUNDS) + 1))
-    eta_error_sum: float = 0.0
+    errors: tuple[EtaErrors, EtaErrors] = field(default_factory=lambda: (EtaErrors(), EtaErrors()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +146,7 @@ class Physics:
         self.capacity_bytes = capacity_bytes
         self.curve = ReuseCurve(horizon_bytes=int(HORIZON * capacity_bytes))
         self.prefill = PrefillRate(config.prefill_tokens_per_s, config.prefill_double_tokens)
-        self.links = (Link("host", config.host_gb_s, whole=True), Link("nvme", config.nvme_gb_s))
+        self.links = (LoadTimes("host", config.host_gb_s), Link("nvme", config.nvme_gb_s))
         self.savings = Savings()
         self.plans = PlanCounts()
         self._curves: dict[Group, NamespaceCurve] = {}
@@ -166,8 +182,8 @@ class Physics:
         """The lease was given: nobody has to compute these blocks. The first of an engine's ranks counts for all."""
         if not self._leased.has(group, hashes, len(rows), now):
             self._leased.add(group, hashes, len(rows), now)
-            size = group.complete_bytes
-            self._count_saved(group, rows, max(nvme_s, self.links[HOST].eta_s(len(rows) * size, size)))
+            host_s = self.links[HOST].blocks_s(len(rows), group.complete_bytes, group.index.shard_size)
+            self._count_saved(group, rows, max(nvme_s, host_s))
 
     def stored(self, group: Group, hashes: Sequence[bytes], depth: int, now: float) -> None:
         """A reserve: these blocks are recent now, without having been asked for."""
@@ -181,11 +197,7 @@ class Physics:
     def arrived(self, lease_id: int, now: float) -> None:
         """All of a lease's blocks are there."""
         load_s, begun_s = self._expected.pop(lease_id, (0.0, 0.0))
-        took_s = now - begun_s
-        if load_s > 0 and took_s > 0:
-            error = abs(load_s - took_s) / took_s
-            self.plans.eta_errors[bisect_left(ETA_BOUNDS, error)] += 1
-            self.plans.eta_error_sum += error
+        self.plans.errors[NVME].add(load_s, now - begun_s)
 
     def ended(self, lease_id: int) -> None:
         """A lease is over, whether all came or not."""
@@ -197,8 +209,9 @@ class Physics:
             self.prefill.report(tokens, depth, seconds)
 
     def copied(self, size_bytes: int, seconds: float) -> None:
-        """An engine reports a copy out of host memory."""
+        """A client reports a load out of host memory; what would have been said of it is held against that."""
         if seconds * _BYTES_PER_S_MAX > size_bytes:
+            self.plans.errors[HOST].add(self.links[HOST].eta_s(size_bytes), seconds)
             self.links[HOST].measured(size_bytes, seconds)
 
     @property
@@ -246,7 +259,7 @@ class Physics:
         """As `plan`, with its table, and without counting it."""
         tokens = group.spec.block_tokens
         runs = [(self.links[tier], count) for tier, count in self._runs(group, rows, counts)]
-        demand = Demand(runs, len(hashes) * tokens, tokens, group.complete_bytes)
+        demand = Demand(runs, len(hashes) * tokens, tokens, group.complete_bytes, shards=group.index.shard_size)
         return plan(demand, self.prefill, self.config.mode)
 
     def link_stats(self) -> tuple[LinkStats, ...]:
@@ -258,11 +271,12 @@ class Physics:
 
     def _all_of(self, group: Group, rows: Sequence[int], counts: Sequence[int]) -> Plan:
         """What `plan` would say where nothing is known of prefills, in a third of the time."""
-        size, blocks = group.complete_bytes, len(rows)
+        size, shards, blocks = group.complete_bytes, group.index.shard_size, len(rows)
         if not blocks:
             return NO_PLAN
         self.plans.load += 1
-        load_s = max(link.eta_s(count * size, size) for link, count in zip(self.links, counts, strict=False) if count)
+        by_tier = zip(self.links, counts, strict=False)
+        load_s = max(link.blocks_s(count, size, shards) for link, count in by_tier if count)
         return Plan(blocks, (), load_s, 0.0, "the prefill rate is not known", ())
 
     def _runs(self, group: Group, rows: Sequence[int], counts: Sequence[int]) -> list[tuple[int, int]]:
@@ -289,7 +303,7 @@ class Physics:
         most = sorted(asked, key=lambda each: -each[1].references)[:_CURVES_TOLD]
         return PhysicsStats(
             savings=replace(self.savings),
-            plans=replace(self.plans, eta_errors=list(self.plans.eta_errors)),
+            plans=deepcopy(self.plans),
             links=self.link_stats(),
             prefill_samples=self.prefill.samples,
             prefill_line=self.prefill.line,

@@ -46,7 +46,6 @@ class Link:
     Args:
         name: the tier's.
         gb_s, latency_s: assumed until something was measured.
-        whole: what is measured of it are whole loads, and not single transfers.
     """
 
     __slots__ = (
@@ -55,15 +54,13 @@ class Link:
         "_bytes",
         "_effective",
         "_last_done_s",
-        "_whole",
         "latency_s",
         "name",
         "queued_bytes",
     )
 
-    def __init__(self, name: str, gb_s: float, latency_s: float = 0.0, *, whole: bool = False) -> None:
+    def __init__(self, name: str, gb_s: float, latency_s: float = 0.0) -> None:
         self.name = name
-        self._whole = whole
         self.latency_s = latency_s
         self.queued_bytes = 0
         self._effective = [gb_s * 1e9] * _CLASSES
@@ -111,8 +108,12 @@ class Link:
 
     def eta_s(self, size_bytes: int, piece_bytes: int = 0) -> float:
         """Until so many bytes more have come, in transfers of `piece_bytes` where not in one."""
-        bandwidth = self.bytes_per_s(size_bytes if self._whole else piece_bytes or size_bytes)
+        bandwidth = self.bytes_per_s(piece_bytes or size_bytes)
         return self.latency_s + (self.queued_bytes + size_bytes) / bandwidth
+
+    def blocks_s(self, blocks: int, block_bytes: int, shards: int) -> float:
+        """Until so many blocks more have come; `block_bytes` is one of them over all its shards."""
+        return self.eta_s(blocks * block_bytes, block_bytes)
 
 
 def _size_class(size_bytes: int) -> int:
@@ -260,6 +261,7 @@ class Demand:
         runs: leading blocks of the match as (link, blocks), in prompt order.
         tokens: of the whole prompt.
         block_tokens, block_bytes: of one block over all its shards.
+        shards: of a block, each loaded by a rank of its own.
         queue_s: until the engine could begin to compute.
         waiting: requests that wait for the engine.
     """
@@ -270,6 +272,7 @@ class Demand:
     block_bytes: int
     queue_s: float = 0.0
     waiting: int = 0
+    shards: int = 1
 
 
 def plan(demand: Demand, prefill: PrefillRate, mode: Mode = Mode.AUTO) -> Plan:
@@ -313,22 +316,24 @@ def _candidate(demand: Demand, prefill: PrefillRate, blocks: int) -> Candidate:
 
 def _load_s(demand: Demand, blocks: int) -> float:
     """The slowest link's time; they work beside each other."""
-    sizes: dict[Link, int] = {}
+    counts: dict[Link, int] = {}
     for link, count in demand.runs:
         taken = min(count, blocks)
         blocks -= taken
         if taken:
-            sizes[link] = sizes.get(link, 0) + taken * demand.block_bytes
-    return max((link.eta_s(size, demand.block_bytes) for link, size in sizes.items()), default=0.0)
+            counts[link] = counts.get(link, 0) + taken
+    size, shards = demand.block_bytes, demand.shards
+    return max((link.blocks_s(count, size, shards) for link, count in counts.items()), default=0.0)
 
 
 def _steps(demand: Demand, blocks: int) -> tuple[Step, ...]:
-    steps, first, sizes = [], 0, dict[Link, int]()
+    steps, first, counts = [], 0, dict[Link, int]()
     for link, count in demand.runs:
         taken = min(count, blocks - first)
         if taken > 0:
-            sizes[link] = sizes.get(link, 0) + taken * demand.block_bytes
-            steps.append(Step(link.name, first, taken, link.eta_s(sizes[link], demand.block_bytes)))
+            counts[link] = counts.get(link, 0) + taken
+            eta_s = link.blocks_s(counts[link], demand.block_bytes, demand.shards)
+            steps.append(Step(link.name, first, taken, eta_s))
             first += taken
     return tuple(steps)
 

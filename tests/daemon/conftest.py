@@ -14,6 +14,7 @@ from forebay.kvstore.physics import (
     ETA_BOUNDS,
     SIZES_TOLD,
     CurvePoint,
+    EtaErrors,
     LinkStats,
     PhysicsStats,
     PlanCounts,
@@ -31,6 +32,10 @@ def tier_info(up: bool = True, reason: str = "") -> TierInfo:
     )
 
 
+def _errors(first: int) -> EtaErrors:
+    return EtaErrors(list(range(first, first + len(ETA_BOUNDS) + 1)), first * 1.5)
+
+
 def physics_stats() -> PhysicsStats:
     points = tuple(
         CurvePoint(int(share * (2 << 30)), 0.1 + share / 8, share * 1e6, share * 1e11, share * 100)
@@ -38,7 +43,7 @@ def physics_stats() -> PhysicsStats:
     )
     return PhysicsStats(
         savings=Savings(5000, 6e15, 700.0, 80.0),
-        plans=PlanCounts(11, 12, 13, list(range(1, len(ETA_BOUNDS) + 2)), 1.5),
+        plans=PlanCounts(11, 12, 13, (_errors(1), _errors(2))),
         links=(LinkStats("host", 20.0, 0.0, 0), LinkStats("nvme", 3.0, 1e-3, 4096)),
         prefill_samples=14,
         prefill_line=(0.004, 1e-4, 1e-9),

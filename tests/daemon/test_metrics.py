@@ -116,3 +116,10 @@ def test_a_hostile_model_name_stays_in_its_label(make_snapshot: MakeSnapshot) ->
     snapshot = make_snapshot()
     object.__setattr__(snapshot.store.namespaces[0], "model", 'x"} 1\nforged_metric 7\n\\')
     assert not any(name == "forged_metric" for name, _ in samples(snapshot))
+
+
+def test_how_well_load_times_are_foreseen_is_told_by_tier(make_snapshot: MakeSnapshot) -> None:
+    snapshot = make_snapshot()
+    assert value(snapshot, "forebay_plan_eta_error_ratio_sum", tier="host") == 1.5
+    assert value(snapshot, "forebay_plan_eta_error_ratio_sum", tier="nvme") == 3.0
+    assert value(snapshot, "forebay_plan_eta_error_ratio_count", tier="host") == sum(range(1, 9))

@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from forebay.kvstore.load_times import LoadTimes
 from forebay.kvstore.planner import Demand, Link, Mode, PrefillRate, plan
 
 BLOCK_TOKENS, BLOCK_BYTES = 16, 2 << 20
@@ -146,7 +147,10 @@ def test_prefill_samples_of_one_kind_say_nothing_absurd() -> None:
 
 
 def test_a_plan_for_512_blocks_is_quick() -> None:
-    asked = demand((Link("host", 50.0), 256), (Link("nvme", 5.0), 256), tokens=9000)
+    memory = LoadTimes("host", 50.0)
+    for size_mib in (4, 64, 1024):
+        memory.measured(size_mib << 20, size_mib / 10_000)
+    asked = demand((memory, 256), (Link("nvme", 5.0), 256), tokens=9000)
     best_s = float("inf")
     for _ in range(500):
         begun = time.perf_counter()
