@@ -13,6 +13,7 @@ from forebay.bench import eta
 def brief(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(eta, "LENGTHS", (2, 4))
     monkeypatch.setattr(eta, "WARM_S", 0.2)
+    monkeypatch.setattr(eta, "MEASURED_S", 0.0)
     monkeypatch.setattr(eta, "ROUNDS", 3)
 
 
