@@ -20,12 +20,14 @@ from forebay.client.segments import SegmentTable
 from forebay.client.sync import Client, Lease, Reservation
 from forebay.kvstore.hashing import PrefixHasher
 from forebay.kvstore.namespace import NamespaceSpec
+from forebay.kvstore.planner import Backlog
 from forebay.transports.messages import EvictScope
 
 __all__ = [
     "AsyncClient",
     "AsyncLease",
     "AsyncReservation",
+    "Backlog",
     "BlockOutcome",
     "Client",
     "ClientOptions",

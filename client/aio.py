@@ -40,6 +40,7 @@ from forebay.client.results import (
 from forebay.client.segments import SegmentTable
 from forebay.kvstore.errors import BadRequest, ForebayError, LayoutError, PeerLost, Timeout
 from forebay.kvstore.namespace import NamespaceSpec
+from forebay.kvstore.planner import NO_BACKLOG, Backlog
 from forebay.transports.messages import (
     CheckReply,
     CheckRequest,
@@ -149,10 +150,14 @@ class AsyncClient:
 
     # Reading
 
-    async def lookup(self, ns: Namespace, hashes: Sequence[bytes]) -> LookupResult:
-        """How many leading blocks are stored; takes no lease. Blocking: one round trip."""
-        blob = ns.blob(hashes)
-        return await self._run(lambda attachment: core.lookup(attachment, ns, blob, self.options.plan), LookupResult())
+    async def lookup(self, ns: Namespace, hashes: Sequence[bytes], backlog: Backlog = NO_BACKLOG) -> LookupResult:
+        """How many leading blocks are stored, and how many are worth loading; takes no lease.
+
+        `backlog` is what waits in front of the engine: it may load meanwhile, and computing delays it.
+        Blocking: one round trip.
+        """
+        blob, mode = ns.blob(hashes), self.options.plan
+        return await self._run(lambda attachment: core.lookup(attachment, ns, blob, backlog, mode), LookupResult())
 
     async def acquire(self, ns: Namespace, hashes: Sequence[bytes], ttl_ms: int = 0) -> AsyncLease:
         """Lease the leading blocks to read them in place; use it in a `with`. 0: the daemon's time to live.

@@ -39,6 +39,7 @@ from forebay.client.results import (
 )
 from forebay.client.segments import Addresses, SegmentTable
 from forebay.kvstore.errors import BadRequest, ForebayError, Internal, PeerError, PeerLost, UnknownSession
+from forebay.kvstore.planner import Backlog
 from forebay.transports.messages import (
     EXPECT_MS_MAX,
     REFUSED_CHARS_MAX,
@@ -284,11 +285,12 @@ def find_namespace(attachment: Attachment, prefix: bytes, rank: int) -> Steps[Na
     return Namespace.found(request, (yield from call(request, FindNamespaceReply)))
 
 
-def lookup(attachment: Attachment, ns: Namespace, blob: bytes, plan: Planning = "auto") -> Steps[LookupResult]:
+def lookup(attachment: Attachment, ns: Namespace, blob: bytes, backlog: Backlog, plan: Planning) -> Steps[LookupResult]:
     handle = yield from open_namespace(attachment, ns)
     bytes_max = attachment.hashes_max(ns) * ns.hash_bytes
     asked = blob if len(blob) <= bytes_max else blob[:bytes_max]
-    reply = yield from call(LookupRequest(handle.ns, asked), LookupReply)
+    request = LookupRequest(handle.ns, asked, backlog.requests, backlog.tokens)
+    reply = yield from call(request, LookupReply)
     blocks = min(reply.blocks, len(asked) // ns.hash_bytes)  # an engine takes it for a part of its prompt
     advice, load_blocks = reply.advice, min(reply.load_blocks, blocks)
     if blocks and plan != "auto":

@@ -8,6 +8,7 @@ step waiting for one request's load, and the engine from graphs of its forward p
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -28,6 +29,7 @@ from forebay.client.vllm_layout import (
 )
 from forebay.client.vllm_leases import LeaseDesk
 from forebay.client.vllm_ledger import Ledger, Notice
+from forebay.client.vllm_prefill import PrefillMeter, Seconds, Stop
 from forebay.client.vllm_scheduler import VllmScheduler
 from forebay.client.vllm_stats import ForebayMetrics, ForebayStats
 from forebay.client.vllm_work import StepWork
@@ -77,6 +79,7 @@ class ForebayConnector(KVConnectorBase_V1, SupportsHMA):
         self._told: list[Notice] = []
         self._scheduler: VllmScheduler | None = None
         self._worker: VllmWorker | None = None
+        self._meter: PrefillMeter | None = None
         transfer = vllm_config.kv_transfer_config
         if role == KVConnectorRole.SCHEDULER:
             self._scheduler = VllmScheduler(
@@ -91,6 +94,8 @@ class ForebayConnector(KVConnectorBase_V1, SupportsHMA):
         else:
             block_bytes = [spec.block_bytes for spec in self._specs]
             self._worker = VllmWorker(self._client, self._namespaces, block_bytes, self._specs[0].shard_rank)
+            if self._specs[0].shard_rank == 0:
+                self._meter = PrefillMeter(self._client)
 
     def _namespaces(self, reset: str) -> list[Any]:
         """Each cache group's namespace after the reset of that name; empty: the first ones."""
@@ -108,6 +113,9 @@ class ForebayConnector(KVConnectorBase_V1, SupportsHMA):
         assert self._scheduler is not None, "a scheduler's hook in a worker"
         return self._scheduler
 
+    def on_new_request(self, request: Any) -> None:
+        self._planning.arrived(request)
+
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
         return self._planning.matched(request, num_computed_tokens)
 
@@ -116,7 +124,7 @@ class ForebayConnector(KVConnectorBase_V1, SupportsHMA):
 
     def build_connector_meta(self, scheduler_output: Any) -> ForebayMetadata:
         work = self._planning.step(scheduler_output)
-        return ForebayMetadata(work.loads, work.stores, work.fresh, work.reset)
+        return ForebayMetadata(work.loads, work.stores, work.fresh, work.reset, work.prefill)
 
     def update_connector_output(self, connector_output: Any) -> None:
         self._planning.loaded(connector_output.finished_recving or ())
@@ -172,6 +180,8 @@ class ForebayConnector(KVConnectorBase_V1, SupportsHMA):
     def bind_connector_metadata(self, connector_metadata: Any) -> None:
         super().bind_connector_metadata(connector_metadata)
         self._moving.begin(connector_metadata)
+        if self._meter is not None:
+            self._meter.begin(connector_metadata.prefill, _watch)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         if self._moving.take_late():
@@ -185,6 +195,8 @@ class ForebayConnector(KVConnectorBase_V1, SupportsHMA):
         """Blocks are stored whole, after the step."""
 
     def wait_for_save(self) -> None:
+        if self._meter is not None:
+            self._meter.end()
         self._moving.start_stores(_device_mark())
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
@@ -208,6 +220,8 @@ class ForebayConnector(KVConnectorBase_V1, SupportsHMA):
     def shutdown(self) -> None:
         if self._scheduler is not None:
             self._scheduler.close()
+        if self._meter is not None:
+            self._meter.close()
         if self._worker is not None:
             self._worker.close()
         self._client.close()
@@ -293,6 +307,32 @@ def _device_mark() -> Callable[[], None]:
     event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
     event.record()
     return partial(wait_for, event.query)
+
+
+def _watch() -> Stop:
+    """Starts a watch: on a GPU the clock of the engine's stream, on a CPU the thread's."""
+    if not torch.cuda.is_available():
+        begun_s = time.perf_counter()
+
+        def stop_on_cpu() -> Seconds:
+            took_s = time.perf_counter() - begun_s
+            return lambda: took_s
+
+        return stop_on_cpu
+    first: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    first.record()
+
+    def stop_on_gpu() -> Seconds:
+        last: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        last.record()
+
+        def seconds() -> float:
+            wait_for(last.query)
+            return float(first.elapsed_time(last)) / 1000
+
+        return seconds
+
+    return stop_on_gpu
 
 
 def _nothing() -> None:

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from forebay.client.vllm_layout import Geometry
 from forebay.kvstore.errors import ForebayError
+from forebay.kvstore.planner import NO_BACKLOG, Backlog
 
 LEASE_TTL_MS = 30_000
 LEASE_USE_S = 10.0
@@ -44,7 +45,7 @@ class Advice(Protocol):
 class LeaseClient(Protocol):
     """What this side asks of a client; `forebay.client.Client` is one."""
 
-    def lookup(self, ns: Any, hashes: Sequence[bytes]) -> Advice: ...
+    def lookup(self, ns: Any, hashes: Sequence[bytes], backlog: Backlog) -> Advice: ...
 
     def acquire(self, ns: Any, hashes: Sequence[bytes], ttl_ms: int = 0) -> HeldLease: ...
 
@@ -70,6 +71,7 @@ class Question:
         chains: one a cache group, in the engine's order.
         first: tokens that the engine has; all chains begin there.
         step: tokens that an answer is a multiple of.
+        backlog: what the engine had to compute beside this request when it was asked.
         tokens: the answer, `first` for nothing.
     """
 
@@ -77,6 +79,7 @@ class Question:
     first: int
     step: int
     asked_at: float
+    backlog: Backlog = NO_BACKLOG
     answered: threading.Event = field(default_factory=threading.Event)
     tokens: int = 0
     leases: Sequence[HeldLease] = ()
@@ -94,9 +97,9 @@ class LeaseDesk:
         self._thread = threading.Thread(target=self._run, name="forebay-leases", daemon=True)
         self._thread.start()
 
-    def ask(self, chains: tuple[Chain, ...], first: int, step: int) -> Question:
+    def ask(self, chains: tuple[Chain, ...], first: int, step: int, backlog: Backlog = NO_BACKLOG) -> Question:
         """Does not wait."""
-        question = Question(chains, first, step, self._clock(), tokens=first)
+        question = Question(chains, first, step, self._clock(), backlog, tokens=first)
         self._work.put(question)
         return question
 
@@ -179,7 +182,7 @@ def _worth_loading(client: LeaseClient, question: Question, chain: Chain, end: i
     """Up to which token blocks are there, and come sooner than they are computed, in whole steps of the question."""
     size = chain.geometry.block_tokens
     names = chain.names[: (end - question.first) // size]
-    worth = min(client.lookup(chain.ns, names).worth_loading, len(names)) * size
+    worth = min(client.lookup(chain.ns, names, question.backlog).worth_loading, len(names)) * size
     return question.first + worth // question.step * question.step
 
 

@@ -15,11 +15,12 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import lcm
 from typing import Any
 
+from forebay.client.vllm_backlog import EngineBacklog, prefill_of
 from forebay.client.vllm_layout import Geometry
 from forebay.client.vllm_leases import Chain, LeaseDesk, Question
 from forebay.client.vllm_work import Load, Part, StepWork, Store
@@ -88,6 +89,7 @@ class VllmScheduler:
         self._loads: list[Load] = []
         self._fresh: set[int] = set()
         self._reset = ""
+        self._backlog = EngineBacklog()
 
     @property
     def open_leases(self) -> int:
@@ -97,6 +99,15 @@ class VllmScheduler:
     @property
     def tracked(self) -> int:
         return len(self._tracked)
+
+    @property
+    def uncomputed(self) -> int:
+        """Requests whose prompts are not computed yet."""
+        return len(self._backlog)
+
+    def arrived(self, request: Any) -> None:
+        """vLLM's `on_new_request`."""
+        self._backlog.waits(str(request.request_id), int(request.num_tokens))
 
     def matched(self, request: Any, computed_tokens: int) -> tuple[int | None, bool]:
         """vLLM's `get_num_new_matched_tokens`. Blocking: what is left of the step's `wait_s`.
@@ -117,7 +128,8 @@ class VllmScheduler:
             chains = self._chains(request, first, last)
             if not chains:
                 return 0, False
-            asked = self._asked[id_] = _Asked(self._desk.ask(chains, first, step))
+            self._backlog.waits(id_, int(request.num_tokens) - computed_tokens)
+            asked = self._asked[id_] = _Asked(self._desk.ask(chains, first, step, self._backlog.before(id_)))
         question = asked.question
         if not self._is_answered(asked):
             if self._clock() - question.asked_at < self._give_up_s:
@@ -165,6 +177,7 @@ class VllmScheduler:
                 self._forget_question(id_)
             return
         assert asked is not None, "tokens promised without a lease"
+        self._backlog.waits(id_, int(request.num_tokens) - asked.question.first - external_tokens)
         self._promised[id_] = request.num_preemptions
         parts = tuple(_parts(asked.question, block_ids, asked.question.first + external_tokens))
         self._loads.append(Load(id_, parts))
@@ -174,8 +187,11 @@ class VllmScheduler:
     def step(self, output: Any) -> StepWork:
         """vLLM's `build_connector_meta`."""
         self._take_blocks(output)
-        stores = self._stores(output) if self._stores_on else ()
-        work = StepWork(tuple(self._loads), tuple(stores), frozenset(self._fresh), self._reset)
+        computed = _computed(output)
+        self._take_progress(output.num_scheduled_tokens, computed)
+        stores = self._stores(output.num_scheduled_tokens, computed) if self._stores_on else ()
+        prefill = prefill_of(output.num_scheduled_tokens, computed)
+        work = StepWork(tuple(self._loads), tuple(stores), frozenset(self._fresh), self._reset, prefill)
         self._loads, self._fresh, self._wait_left_s = [], set(), self._wait_s
         return work
 
@@ -187,6 +203,7 @@ class VllmScheduler:
     def finished(self, request_id: str) -> None:
         """The request has ended or was aborted. A load of it goes on: the workers hold leases of their own."""
         self._forget_question(request_id)
+        self._backlog.gone(request_id)
         self._promised.pop(request_id, None)
         self._tracked.pop(request_id, None)
 
@@ -232,22 +249,28 @@ class VllmScheduler:
         if tracked is not None:
             tracked.block_ids, tracked.offered = [list(ids) for ids in block_ids], [0] * len(self._geometries)
 
-    def _stores(self, output: Any) -> list[Store]:
+    def _take_progress(self, scheduled: Mapping[str, int], computed: Mapping[str, int]) -> None:
+        """What of the prompts is left after this step."""
+        if not self._backlog:
+            return
+        for id_, tokens in scheduled.items():
+            tracked = self._tracked.get(id_)
+            if tracked is not None and id_ in computed:
+                self._backlog.ran(id_, int(tracked.request.num_tokens) - computed[id_] - tokens)
+
+    def _stores(self, scheduled: Mapping[str, int], computed: Mapping[str, int]) -> list[Store]:
         """The blocks that each scheduled request will have whole after this step and has not offered yet.
 
         The first offer begins at the start of the prompt, or of the window: what the engine had in its own cache may be
         absent here. Tokens that are only drafted have no hash, so blocks with such are not offered.
         """
-        computed = {str(new.req_id): int(new.num_computed_tokens) for new in output.scheduled_new_reqs}
-        cached = output.scheduled_cached_reqs
-        computed.update(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
         stores = []
-        for id_, scheduled in output.num_scheduled_tokens.items():
+        for id_, tokens in scheduled.items():
             tracked = self._tracked.get(id_)
             if tracked is None or id_ not in computed:
                 continue
             for group in range(len(tracked.block_ids)):
-                store = self._store(id_, tracked, group, computed[id_], computed[id_] + scheduled)
+                store = self._store(id_, tracked, group, computed[id_], computed[id_] + tokens)
                 if store is not None:
                     stores.append(store)
         return stores
@@ -267,6 +290,14 @@ class VllmScheduler:
         tracked.offered[group] = first + len(names)
         blocks = tuple(ids[first : first + len(names)])
         return Store(id_, group, parent, tuple(names), blocks, bool(geometry.window))
+
+
+def _computed(output: Any) -> dict[str, int]:
+    """Tokens of each scheduled request that are there before the step."""
+    computed = {str(new.req_id): int(new.num_computed_tokens) for new in output.scheduled_new_reqs}
+    cached = output.scheduled_cached_reqs
+    computed.update(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+    return computed
 
 
 def _parts(question: Question, block_ids: Sequence[Sequence[int]], end: int) -> Iterable[Part]:

@@ -47,15 +47,25 @@ class Store:
 
 
 @dataclass(frozen=True, slots=True)
+class Prefill:
+    """A prompt, or a part of one, that a step computes: so many tokens after so many that are there."""
+
+    tokens: int
+    depth_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class StepWork:
     """One step's work.
 
     Attributes:
         fresh: block ids that this step may overwrite: what is still being copied out of them counts no more.
         reset: names the private namespace after the engine's caches were reset; empty before that.
+        prefill: what nearly all of the step's time will be that of; None where it is of no one prompt.
     """
 
     loads: tuple[Load, ...] = ()
     stores: tuple[Store, ...] = ()
     fresh: frozenset[int] = frozenset()
     reset: str = ""
+    prefill: Prefill | None = None

@@ -14,6 +14,7 @@ from typing import Any
 from forebay.kvstore.errors import BadRequest
 from forebay.kvstore.groups import Shard
 from forebay.kvstore.outcome import Scope
+from forebay.kvstore.planner import Backlog
 from forebay.kvstore.store import Acquired, Store
 from forebay.transports import messages as m
 
@@ -86,7 +87,8 @@ class Verbs:
         group = self.store.shard(session_id, request.ns).group
         counts = group.index.count_by_tier(rows)
         by_tier = tuple((tier.name, count) for tier, count in zip(self.store.tiers, counts, strict=True) if count)
-        made = self.store.physics.plan(group, hashes, rows, counts)
+        backlog = Backlog(request.waiting_requests, request.waiting_tokens)
+        made = self.store.physics.plan(group, hashes, rows, counts, backlog)
         advice = ("load" if made.blocks else "recompute") if rows else ""
         return m.LookupReply(len(rows), by_tier, int(made.load_s * 1e6), advice, made.blocks)
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from forebay.kvstore.curve import NamespaceCurve, ReuseCurve
 from forebay.kvstore.groups import HOST, NVME, Group
 from forebay.kvstore.load_times import LoadTimes
-from forebay.kvstore.planner import NO_PLAN, Demand, Link, Mode, Plan, PrefillRate, plan
+from forebay.kvstore.planner import NO_BACKLOG, NO_PLAN, Backlog, Demand, Link, Mode, Plan, PrefillRate, plan
 from forebay.kvstore.recording import Recording
 
 SIZES_TOLD = (0.0625, 0.125, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0, 4.0)
@@ -240,14 +240,21 @@ class Physics:
 
     # What is asked
 
-    def plan(self, group: Group, hashes: Sequence[bytes], rows: Sequence[int], counts: Sequence[int]) -> Plan:
+    def plan(
+        self,
+        group: Group,
+        hashes: Sequence[bytes],
+        rows: Sequence[int],
+        counts: Sequence[int],
+        backlog: Backlog = NO_BACKLOG,
+    ) -> Plan:
         """What of a match is worth loading; `counts` says how many of its blocks are in memory and on the drive.
 
-        The daemon knows the whole blocks of a prompt only, and not what waits in front of the engine.
+        Of a prompt the daemon knows the whole blocks only.
         """
         if not self.prefill.known and self.config.mode is not Mode.NEVER:
             return self._all_of(group, rows, counts)
-        made = self.weigh(group, hashes, rows, counts)
+        made = self.weigh(group, hashes, rows, counts, backlog)
         if rows:
             plans = self.plans
             plans.load += made.blocks == len(rows)
@@ -255,11 +262,26 @@ class Physics:
             plans.recompute += made.blocks == 0
         return made
 
-    def weigh(self, group: Group, hashes: Sequence[bytes], rows: Sequence[int], counts: Sequence[int]) -> Plan:
+    def weigh(
+        self,
+        group: Group,
+        hashes: Sequence[bytes],
+        rows: Sequence[int],
+        counts: Sequence[int],
+        backlog: Backlog = NO_BACKLOG,
+    ) -> Plan:
         """As `plan`, with its table, and without counting it."""
         tokens = group.spec.block_tokens
         runs = [(self.links[tier], count) for tier, count in self._runs(group, rows, counts)]
-        demand = Demand(runs, len(hashes) * tokens, tokens, group.complete_bytes, shards=group.index.shard_size)
+        demand = Demand(
+            runs,
+            len(hashes) * tokens,
+            tokens,
+            group.complete_bytes,
+            backlog.seconds(self.prefill),
+            backlog.requests,
+            group.index.shard_size,
+        )
         return plan(demand, self.prefill, self.config.mode)
 
     def link_stats(self) -> tuple[LinkStats, ...]:

@@ -254,6 +254,27 @@ NO_PLAN = Plan(0, (), 0.0, 0.0, "nothing is stored", ())
 
 
 @dataclass(frozen=True, slots=True)
+class Backlog:
+    """What waits in front of the engine that asks.
+
+    Attributes:
+        requests: that have not begun to be computed.
+        tokens: of prompts, theirs and of those under way, that are still to be computed.
+    """
+
+    requests: int = 0
+    tokens: int = 0
+
+    def seconds(self, prefill: PrefillRate) -> float:
+        """Until the engine could begin with another: as many prompts of one length, for a long one costs more."""
+        prompts = max(1, self.requests)
+        return prompts * prefill.seconds(self.tokens / prompts, 0)
+
+
+NO_BACKLOG = Backlog()
+
+
+@dataclass(frozen=True, slots=True)
 class Demand:
     """A request, as far as a plan needs it.
 

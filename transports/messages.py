@@ -339,7 +339,16 @@ class FindNamespaceReply(OpenNamespaceReply):
 
 @dataclass(frozen=True, slots=True)
 class LookupRequest(_BlobRequest):
+    """`waiting_requests` wait in front of the engine that asks, and `waiting_tokens` of prompts are to be computed."""
+
     verb = Verb.LOOKUP
+    waiting_requests: int = 0
+    waiting_tokens: int = 0
+
+    def check(self) -> None:
+        _BlobRequest.check(self)
+        check_int("waiting_requests", self.waiting_requests, 0, REPORTED_MAX)
+        check_int("waiting_tokens", self.waiting_tokens, 0, REPORTED_MAX)
 
 
 @dataclass(frozen=True, slots=True)

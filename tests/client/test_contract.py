@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from forebay.client import (
+    Backlog,
     BlockOutcome,
     EvictScope,
     FetchResult,
@@ -708,6 +709,14 @@ def test_the_option_plan_overrules_the_advice(
     found = shell.lookup(ns, chain(4))
     assert (found.blocks, found.worth_loading) == (4, worth)
     assert shell.lookup(ns, chain(4)[::-1]).worth_loading == min(worth, shell.lookup(ns, chain(4)[::-1]).blocks)
+
+
+def test_a_lookup_tells_what_waits_for_the_engine(make_shell: MakeShell, fake: FakeDaemon) -> None:
+    shell = make_shell(fake)
+    ns = shell.open_namespace(SPEC)
+    shell.lookup(ns, chain(), Backlog(3, 4096))
+    shell.lookup(ns, chain())
+    assert fake.backlogs == [(3, 4096), (0, 0)]
 
 
 def test_what_fetches_copied_is_reported_where_there_was_enough(

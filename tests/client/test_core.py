@@ -18,6 +18,7 @@ from forebay.client.results import BlockOutcome, FetchResult, PersistResult
 from forebay.kvstore.errors import Busy, Corrupt, ForebayError, Internal, NotLeased, PeerLost, TierFull
 from forebay.kvstore.namespace import NamespaceSpec
 from forebay.kvstore.outcome import Outcome
+from forebay.kvstore.planner import NO_BACKLOG
 from forebay.transports import messages as m
 from forebay.transports.packets import Ready
 from support.device_arrays import CudaTensor
@@ -206,7 +207,7 @@ def test_replies_that_make_no_sense_are_errors_not_copies(script: Script) -> Non
     assert script.sent()[-1] == "post Abort"
     script.replies[m.LookupRequest] = m.PingReply()
     with pytest.raises(Internal, match="PingReply"):
-        script.run(core.lookup(script.attachment, NS, HASHES))
+        script.run(core.lookup(script.attachment, NS, b"".join(HASHES), NO_BACKLOG, "auto"))
 
 
 def test_a_mapping_of_another_slot_size_is_not_used(script: Script) -> None:
@@ -674,7 +675,7 @@ def test_slots_without_a_mapping_count_as_failed(script: Script) -> None:
 
 def test_a_lookup_never_tells_of_more_than_was_asked(script: Script) -> None:
     script.replies[m.LookupRequest] = m.LookupReply(9, (), 0, "", 9)
-    assert script.run(core.lookup(script.attachment, NS, NS.blob(HASHES[:2]))).blocks == 2
+    assert script.run(core.lookup(script.attachment, NS, NS.blob(HASHES[:2]), NO_BACKLOG, "auto")).blocks == 2
 
 
 # --- persist ----------------------------------------------------------------------------------------------------

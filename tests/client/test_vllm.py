@@ -348,3 +348,36 @@ def test_stats_add_up_over_ranks_and_reach_the_series(connector_module: Any) -> 
     assert registry.get_sample_value("vllm:forebay_loads_total", {"engine": "0"}) == 0
     total.reset()
     assert total.is_empty()
+
+
+def test_prefills_are_measured_by_the_first_rank_from_before_a_step_to_after_it(
+    connector_module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from forebay.client.vllm_work import Prefill
+    from support.live import eventually
+
+    assert made(connector_module, Role.WORKER, tmp_path)._meter is None
+    ranks = sys.modules["vllm.distributed.parallel_state"]
+    monkeypatch.setattr(ranks, "get_tensor_model_parallel_rank", lambda: 0)
+    connector = made(connector_module, Role.WORKER, tmp_path)
+    told: list[tuple[int, int, float]] = []
+    monkeypatch.setattr(connector._client, "report_prefill", lambda *measured: told.append(measured) or True)
+    connector.register_kv_caches({"a": torch.zeros((BLOCKS, PAGE // 4))})
+    connector.bind_connector_metadata(connector_module.ForebayMetadata(prefill=Prefill(64, 32)))
+    connector.start_load_kv(None)
+    connector.wait_for_save()
+    eventually(lambda: bool(told), "the prefill is told")
+    ((tokens, depth, seconds),) = told
+    assert (tokens, depth) == (64, 32)
+    assert seconds > 0
+    connector.shutdown()
+
+
+def test_requests_that_come_are_counted_until_they_go(connector_module: Any, tmp_path: Path) -> None:
+    connector = made(connector_module, Role.SCHEDULER, tmp_path)
+    request = SimpleNamespace(request_id="r", num_tokens=100)
+    connector.on_new_request(request)
+    assert connector._scheduler.uncomputed == 1
+    connector.request_finished_all_groups(request, ([],))
+    assert connector._scheduler.uncomputed == 0
+    connector.shutdown()

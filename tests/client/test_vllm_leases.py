@@ -11,6 +11,7 @@ import pytest
 from forebay.client.vllm_layout import Geometry
 from forebay.client.vllm_leases import WINDOW_ROUNDS_MAX, Chain, LeaseDesk, Question, hold
 from forebay.kvstore.errors import BadRequest
+from forebay.kvstore.planner import Backlog
 from support.live import eventually
 
 BLOCK, BLOCKS = 16, 100
@@ -32,9 +33,11 @@ class Store:
         self.stored = {ns: {NAMES[i] for i in blocks} for ns, blocks in stored.items()}
         self.held = 0
         self.asked: list[tuple[str, int]] = []
+        self.backlogs: list[Backlog] = []
         self.fails_after = self.worth = BLOCKS
 
-    def lookup(self, ns: Any, hashes: Sequence[bytes]) -> Told:
+    def lookup(self, ns: Any, hashes: Sequence[bytes], backlog: Backlog) -> Told:
+        self.backlogs.append(backlog)
         leading = next((i for i, name in enumerate(hashes) if name not in self.stored[ns]), len(hashes))
         return Told(min(leading, self.worth))
 
@@ -94,6 +97,14 @@ def test_no_more_is_leased_than_the_plan_says_is_worth_loading() -> None:
     store.worth, store.asked = 0, []
     assert blocks_of(store, question(a=FULL, b=WINDOW)) == 0
     assert store.asked == []
+
+
+def test_the_plan_is_told_what_waits_for_the_engine() -> None:
+    store, backlog = Store(a=range(70)), Backlog(3, 4096)
+    asked = question(a=FULL)
+    asked.backlog = backlog
+    assert blocks_of(store, asked) == 70
+    assert store.backlogs == [backlog]
 
 
 def test_window_is_asked_only_for_what_comes_before_the_answer() -> None:

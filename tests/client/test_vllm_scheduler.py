@@ -13,8 +13,9 @@ from forebay.client.results import LookupResult
 from forebay.client.vllm_layout import Geometry
 from forebay.client.vllm_leases import LEASE_USE_S, LeaseDesk
 from forebay.client.vllm_scheduler import VllmScheduler
-from forebay.client.vllm_work import StepWork
+from forebay.client.vllm_work import Prefill, StepWork
 from forebay.kvstore.errors import BadRequest
+from forebay.kvstore.planner import Backlog
 from support.live import eventually
 
 BLOCK = 16
@@ -43,10 +44,12 @@ class FakeClient:
         self.open_.set()
         self.leases: list[FakeLease] = []
         self.asked: list[Sequence[bytes]] = []
+        self.backlogs: list[Backlog] = []
         self.entered = threading.Event()
         self.error: Exception | None = None
 
-    def lookup(self, ns: Any, hashes: Sequence[bytes]) -> LookupResult:
+    def lookup(self, ns: Any, hashes: Sequence[bytes], backlog: Backlog) -> LookupResult:
+        self.backlogs.append(backlog)
         return LookupResult(len(hashes))
 
     def acquire(self, ns: Any, hashes: Sequence[bytes], ttl_ms: int = 0) -> FakeLease:
@@ -420,3 +423,51 @@ def test_reset_moves_to_a_namespace_of_its_own(rig: Rig) -> None:
     name = rig.scheduler.step(step_of()).reset
     assert name
     assert rig.scheduler.step(step_of()).reset == name
+
+
+def test_the_daemon_is_told_what_is_to_be_computed_before_a_request() -> None:
+    """One under way with what a step leaves of it, one that waits, less what the engine has of it; not itself."""
+    rig = Rig(stored=0)
+    running, cached, last = request_of(20 * BLOCK, "a"), request_of(10 * BLOCK, "b"), request_of(6 * BLOCK, "c")
+    for request in (running, cached, last):
+        rig.scheduler.arrived(request)
+    rig.admit(running)
+    rig.scheduler.step(step_of(new=[("a", list(range(20)), 0)], a=15 * BLOCK))
+    assert rig.scheduler.matched(cached, 4 * BLOCK) == (0, False)
+    assert rig.scheduler.matched(last, 0) == (0, False)
+    assert rig.client.backlogs == [
+        Backlog(2, 16 * BLOCK),
+        Backlog(1, 5 * BLOCK + 6 * BLOCK),
+        Backlog(1, 5 * BLOCK + 6 * BLOCK),
+    ]
+    for id_ in "abc":
+        rig.scheduler.finished(id_)
+    assert rig.scheduler.uncomputed == 0
+    rig.scheduler.close()
+
+
+def test_what_is_promised_is_not_to_be_computed() -> None:
+    rig = Rig(stored=8)
+    loading, last = request_of(10 * BLOCK, "a"), request_of(6 * BLOCK, "b")
+    rig.scheduler.arrived(loading)
+    rig.admit(loading)
+    rig.scheduler.arrived(last)
+    rig.scheduler.matched(last, 0)
+    assert rig.client.backlogs[-1] == Backlog(1, 2 * BLOCK)
+    for id_ in "ab":
+        rig.scheduler.finished(id_)
+    rig.scheduler.close()
+
+
+def test_a_step_that_one_prompt_fills_is_told_as_its_prefill(rig: Rig) -> None:
+    request = request_of(20 * BLOCK)
+    rig.scheduler.arrived(request)
+    rig.admit(request)
+    step = step_of(new=[("r", list(range(20)), 5 * BLOCK)], r=10 * BLOCK, other=1)
+    assert rig.scheduler.step(step).prefill == Prefill(10 * BLOCK, 5 * BLOCK)
+    assert rig.scheduler.uncomputed == 1
+    step = step_of(cached=[("r", None, 15 * BLOCK, False)], r=5 * BLOCK)
+    assert rig.scheduler.step(step).prefill == Prefill(5 * BLOCK, 15 * BLOCK)
+    assert rig.scheduler.uncomputed == 0
+    assert rig.scheduler.step(step_of(cached=[("r", None, 20 * BLOCK, False)], r=1)).prefill is None
+    rig.scheduler.finished("r")

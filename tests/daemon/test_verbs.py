@@ -149,6 +149,9 @@ def test_a_lookup_says_what_is_worth_loading_and_follows_what_is_reported(verbs:
     slow = ask(verbs, m.LookupRequest(ns, BLOB))
     assert isinstance(slow, m.LookupReply)
     assert (slow.blocks, slow.advice, slow.load_blocks, slow.load_us) == (8, "recompute", 0, 0)
+    busy = ask(verbs, m.LookupRequest(ns, BLOB, 2, 1_000_000_000))
+    assert isinstance(busy, m.LookupReply)
+    assert (busy.advice, busy.load_blocks) == ("load", 8), "the engine is busy for longer than loading takes"
     nothing = ask(verbs, m.LookupRequest(ns, b"\x77" * 32))
     assert isinstance(nothing, m.LookupReply)
     assert (nothing.blocks, nothing.advice, nothing.load_blocks) == (0, "", 0)

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from forebay.kvstore.load_times import LoadTimes
-from forebay.kvstore.planner import Demand, Link, Mode, PrefillRate, plan
+from forebay.kvstore.planner import Backlog, Demand, Link, Mode, PrefillRate, plan
 
 BLOCK_TOKENS, BLOCK_BYTES = 16, 2 << 20
 PREFILL = PrefillRate(30_000.0, 30_600.0)
@@ -58,6 +58,12 @@ def test_an_engine_that_is_busy_anyway_loads_meanwhile() -> None:
     link = Link("nvme", 1.2)
     busy = Demand(((link, 1024),), 32_768, BLOCK_TOKENS, BLOCK_BYTES, queue_s=3.0)
     assert plan(busy, PREFILL).blocks == 1024
+
+
+def test_a_backlog_takes_as_long_as_prompts_of_its_mean_length() -> None:
+    assert Backlog(4, 8192).seconds(PREFILL) == pytest.approx(4 * PREFILL.seconds(2048, 0))
+    assert Backlog(0, 2048).seconds(PREFILL) == pytest.approx(PREFILL.seconds(2048, 0)), "one is under way"
+    assert Backlog().seconds(PREFILL) == 0
 
 
 def test_links_work_beside_each_other() -> None:

@@ -128,6 +128,7 @@ class FakeDaemon:
         self.reports: list[m.ReportRequest] = []
         self.pinned: list[m.PinnedRequest] = []
         self.worth: int | None = None
+        self.backlogs: list[tuple[int, int]] = []
         """So many leading blocks are advised for loading at most."""
         self.sessions_seen = 0
         self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -367,6 +368,7 @@ class FakeDaemon:
 
     def _lookup(self, token: bytes, request: m.LookupRequest) -> m.Reply:
         space, hashes = self._hashes(request)
+        self.backlogs.append((request.waiting_requests, request.waiting_tokens))
         blocks = len(space.leading(hashes))
         worth = blocks if self.worth is None else min(blocks, self.worth)
         advice = ("load" if worth else "recompute") if blocks else ""
