@@ -204,9 +204,9 @@ class AsyncClient:
         """
         work = core.transfer(ns, hashes, destination, block_ids, writable=True, stream=stream)
         strict, verify = self.options.strict, self.options.verify == "load"
-        until_s = time.monotonic() + deadline_ms / 1000
+        patience = core.Patience(time.monotonic() + deadline_ms / 1000, plans=self.options.plan == "auto")
         tried = await self._try(
-            lambda attachment: core.fetch(attachment, work, ttl_ms, until_s, strict=strict, verify=verify)
+            lambda attachment: core.fetch(attachment, work, ttl_ms, patience, strict=strict, verify=verify)
         )
         if tried.value is None:
             return FetchResult(reason=reason_of(tried.error or PeerLost()))

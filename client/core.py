@@ -12,6 +12,7 @@ slots nor the lease are given back: the daemon keeps a silent writer's slots fro
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -484,12 +485,14 @@ class Held:
     Attributes:
         progress: how many of them were ready when the lease was granted, and how many there are.
         checksums: uint64, one for each leased block, 0 where it is not known; empty when none is.
+        soft_until_s: time.monotonic from which on the rest had better be computed; infinite where there is none.
     """
 
     lease: int
     places: Places
     progress: Progress
     checksums: NDArray[np.uint64]
+    soft_until_s: float = math.inf
 
 
 def holds_nothing(block_bytes: int) -> Held:
@@ -532,11 +535,14 @@ def _held(
     attachment: Attachment, handle: OpenNamespaceReply, lease: int, reply: AcquireReply | ResolveReply
 ) -> Steps[Held]:
     """What a reply grants. If not all is ready, its progress is followed from here on, until the lease is released."""
+    granted_s = time.monotonic()
     progress = Progress(reply.ready, len(reply.slots) // 8)
     if not progress.ended:
         progress = attachment.loads.begin(lease, progress)
     places = yield from _locate(attachment, handle, reply.slots, reply.generations)
-    return Held(lease, places, progress, np.frombuffer(reply.checksums, np.dtype("<u8")))
+    checksums = np.frombuffer(reply.checksums, np.dtype("<u8"))
+    soft_us = reply.soft_us if isinstance(reply, AcquireReply) else 0
+    return Held(lease, places, progress, checksums, granted_s + soft_us / 1e6 if soft_us else math.inf)
 
 
 def more_ready(lease: int, ready: int, timeout_s: float | None) -> Steps[Progress]:
@@ -545,18 +551,33 @@ def more_ready(lease: int, ready: int, timeout_s: float | None) -> Steps[Progres
     return progress
 
 
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long a fetch waits for blocks that are still being read.
+
+    Attributes:
+        until_s: time.monotonic, at the latest.
+        plans: only until the daemon's soft deadline, where that is before: from then on computing should be faster.
+    """
+
+    until_s: float
+    plans: bool = False
+
+    def until(self, held: Held) -> float:
+        return min(self.until_s, held.soft_until_s) if self.plans else self.until_s
+
+
 def fetch(
-    attachment: Attachment, work: Transfer, ttl_ms: int, until_s: float, *, strict: bool, verify: bool = False
+    attachment: Attachment, work: Transfer, ttl_ms: int, patience: Patience, *, strict: bool, verify: bool = False
 ) -> Steps[FetchResult]:
     """Acquire, copy, check, release. Unless `strict`, an error ends the run and what was verified counts.
 
-    From `until_s` (time.monotonic) on no block is waited for. With `verify` the bytes that arrived are compared with
-    the blocks' checksums, where those are known.
+    With `verify` the bytes that arrived are compared with the blocks' checksums, where those are known.
     """
-    loading = _Fetch(attachment, work, ttl_ms, until_s, verify=verify)
+    loading = _Fetch(attachment, work, ttl_ms, patience, verify=verify)
     try:
         reason = yield from loading.run()
-        yield from loading.tell()
+        yield from loading.tell(late=reason == "late")
         yield from tell_pinned(attachment)
     except ForebayError as error:
         if strict:
@@ -572,12 +593,14 @@ class _Fetch:
         loaded: leading blocks that are right.
     """
 
-    def __init__(self, attachment: Attachment, work: Transfer, ttl_ms: int, until_s: float, *, verify: bool) -> None:
+    def __init__(
+        self, attachment: Attachment, work: Transfer, ttl_ms: int, patience: Patience, *, verify: bool
+    ) -> None:
         self.loaded = 0
         self._attachment = attachment
         self._work = work
         self._ttl_ms = ttl_ms
-        self._until_s = until_s
+        self._patience = patience
         self._verify = verify
         self._begun_s = time.monotonic()
         self._waited = False
@@ -605,8 +628,13 @@ class _Fetch:
                 return reason or "miss"
         return ""
 
-    def tell(self) -> Steps[None]:
-        """Tell the daemon, now and then, how long it took to get blocks that were in memory: its plans go by that."""
+    def tell(self, *, late: bool) -> Steps[None]:
+        """Tell the daemon, now and then, how long it took to get blocks that were in memory: its plans go by that.
+
+        And of each load that was given up at its soft deadline.
+        """
+        if late:
+            yield Post(ReportRequest(0, 0, 0, 0, 0, late_loads=1))
         size_bytes, now = self.loaded * self._work.ns.block_bytes, time.monotonic()
         attachment, copy_us = self._attachment, int((now - self._begun_s) * 1e6)
         if (
@@ -621,9 +649,11 @@ class _Fetch:
     def _load(self, handle: OpenNamespaceReply, held: Held) -> Steps[tuple[int, str]]:
         """Copy what is ready, while the rest is being read; returns the blocks that are right and what stopped them.
 
-        What was checked after its copy is not checked again: those bytes are the engine's own by then.
+        What was checked after its copy is not checked again: those bytes are the engine's own by then. Given up is only
+        waiting, never a copy: nothing moves afterwards.
         """
-        blocks, progress = 0, held.progress
+        blocks, progress, until_s = 0, held.progress, self._patience.until(held)
+        late = False
         while True:
             last = min(progress.ready, len(held.places))
             if last > blocks:
@@ -633,12 +663,15 @@ class _Fetch:
                     return blocks, reason
             if progress.ended or last == len(held.places):
                 return blocks, "" if blocks == progress.total else "stale"
+            if late:
+                return blocks, "late"
             self._waited = True
-            told: Progress | None = yield Await(held.lease, progress.ready, until_s=self._until_s)
-            if told is None:
+            told: Progress | None = yield Await(held.lease, progress.ready, until_s=until_s)
+            if told is None and until_s == self._patience.until_s:
                 return blocks, "deadline"
-            progress = told
-            if progress.ready <= blocks and not progress.ended:
+            late = told is None
+            progress = self._attachment.loads.progress(held.lease) if told is None else told
+            if progress.ready <= blocks and not progress.ended and not late:
                 return blocks, "timeout"
 
     def _load_range(self, handle: OpenNamespaceReply, held: Held, first: int, last: int) -> Steps[tuple[int, str]]:

@@ -10,7 +10,7 @@ from forebay.client.device_copier import pinned_by
 from forebay.client.results import ClientStats, FetchResult, StoreResult, reason_of
 from forebay.kvstore.errors import ForebayError, PeerLost, Timeout
 
-_RESULTS = ("", "miss", "stale", "failed")
+_RESULTS = ("", "miss", "stale", "failed", "late")
 _UNAVAILABLE = (reason_of(PeerLost()), reason_of(Timeout()))
 
 
@@ -27,6 +27,7 @@ class Counters:
     stored_bytes: int = 0
     stale_fetches: int = 0
     corrupt_fetches: int = 0
+    late_fetches: int = 0
     errors: Counter[str] = field(default_factory=Counter)
 
     def failed(self, error: ForebayError) -> None:
@@ -43,6 +44,7 @@ class Counters:
         self.fetched_bytes += result.bytes
         self.stale_fetches += result.reason == "stale"
         self.corrupt_fetches += result.reason == "corrupt"
+        self.late_fetches += result.reason == "late"
 
     def stored(self, result: StoreResult) -> None:
         if result.reason not in _RESULTS:
@@ -62,6 +64,7 @@ class Counters:
             stored_bytes=self.stored_bytes,
             stale_fetches=self.stale_fetches,
             corrupt_fetches=self.corrupt_fetches,
+            late_fetches=self.late_fetches,
             pinned_bytes=pinned.size_bytes,
             pin_refused=pinned.refused,
             errors=dict(self.errors),

@@ -37,7 +37,8 @@ class ClientOptions:
         checksum_stores: send the checksum of each block stored; whoever verifies can then tell a bit that flipped.
             A store then reads what it wrote once more.
         plan: ``auto`` loads as much of what is stored as the daemon advises, ``always`` all of it, ``never`` nothing:
-            what lookups' `worth_loading` says, which engines' connectors go by.
+            what lookups' `worth_loading` says, which engines' connectors go by. With ``auto`` fetches also give up, and
+            leave the rest to be computed, when the drive takes three times as long as the daemon foresaw.
     """
 
     runtime_dir: str | Path | None = None

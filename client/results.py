@@ -74,8 +74,8 @@ class FetchResult:
         bytes: bytes of those.
         reason: empty when all blocks asked were loaded, else why not: ``miss`` (not stored), ``stale`` (they were
             given away during the copy), ``failed`` (the copy), ``corrupt`` (a checksum differs), ``timeout`` (the next
-            blocks were not read into memory in time), ``deadline`` (all of them were not), or the snake-case name of an
-            error.
+            blocks were not read into memory in time), ``deadline`` (all of them were not), ``late`` (they were not by
+            the plan's soft deadline: computing them is faster), or the snake-case name of an error.
     """
 
     blocks: int = 0
@@ -150,7 +150,7 @@ class ClientStats:
         calls: operations begun; unavailable: of those, the ones that no daemon answered, or not in time.
         attachments: sessions opened; more than one means that the daemon was restarted or lost.
         stale_fetches: fetches that ended at a block given away meanwhile; corrupt_fetches: at one whose bytes were
-            not those of its checksum.
+            not those of its checksum; late_fetches: at the plan's soft deadline.
         pinned_bytes: memory of the daemon's that GPUs reach by themselves, as of now; pin_refused: why other memory of
             its could not be pinned, and is copied once more on the CPU: the last reason, empty where none was.
         errors: name of the error, as in a result's `reason` -> how often it became a miss.
@@ -165,6 +165,7 @@ class ClientStats:
     stored_bytes: int = 0
     stale_fetches: int = 0
     corrupt_fetches: int = 0
+    late_fetches: int = 0
     pinned_bytes: int = 0
     pin_refused: str = ""
     errors: dict[str, int] = field(default_factory=dict)

@@ -204,13 +204,14 @@ class Client:
         Raises:
             LayoutError, BadRequest: the memory, the ids or the hashes do not fit the namespace.
         Blocking: one round trip and the copy; blocks of slower tiers are copied as they are read into memory, and the
-        fetch ends, with what has come, when none has come for `timeout_ms` or when `deadline_ms` have passed.
+        fetch ends, with what has come, when none has come for `timeout_ms`, when `deadline_ms` have passed or, with the
+        option `plan` at ``auto``, after three times what the daemon foresaw: computing the rest is faster then.
         """
         work = core.transfer(ns, hashes, destination, block_ids, writable=True, stream=stream)
         strict, verify = self.options.strict, self.options.verify == "load"
-        until_s = time.monotonic() + deadline_ms / 1000
+        patience = core.Patience(time.monotonic() + deadline_ms / 1000, plans=self.options.plan == "auto")
         tried = self._try(
-            lambda attachment: core.fetch(attachment, work, ttl_ms, until_s, strict=strict, verify=verify)
+            lambda attachment: core.fetch(attachment, work, ttl_ms, patience, strict=strict, verify=verify)
         )
         if tried.value is None:
             return FetchResult(reason=reason_of(tried.error or PeerLost()))

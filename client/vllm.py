@@ -50,6 +50,9 @@ try:
 except ImportError as error:
     raise ImportError(f"forebay.client.vllm runs inside vLLM, which could not be imported: {error}") from error
 
+RECOMPUTE = "recompute"
+"""vLLM's policy for blocks that were not loaded; by any other it fails the request, so loads must not be given up."""
+
 OWN_KEYS = ("model", "revision", "tenant_salt", "scheduler_wait_ms")
 
 
@@ -68,6 +71,9 @@ class ForebayConnector(KVConnectorBase_V1, SupportsHMA):
         options = client_options(
             {key: extra[key] for key in extra if key not in OWN_KEYS}, name=f"vllm {role.name.lower()}"
         )
+        transfer = vllm_config.kv_transfer_config
+        if role == KVConnectorRole.WORKER and getattr(transfer, "kv_load_failure_policy", "") != RECOMPUTE:
+            options = replace(options, plan="always")
         refuse_unsupported(vllm_config.parallel_config)
         self._geometries = geometries_of(kv_cache_config, vllm_config.cache_config)
         self._specs = _specs(vllm_config, kv_cache_config, self._geometries, role, own)
@@ -80,7 +86,6 @@ class ForebayConnector(KVConnectorBase_V1, SupportsHMA):
         self._scheduler: VllmScheduler | None = None
         self._worker: VllmWorker | None = None
         self._meter: PrefillMeter | None = None
-        transfer = vllm_config.kv_transfer_config
         if role == KVConnectorRole.SCHEDULER:
             self._scheduler = VllmScheduler(
                 LeaseDesk(self._client),

@@ -15,6 +15,7 @@ SERIES = {
     "loaded_blocks": "Blocks loaded from forebay into the engine.",
     "loaded_bytes": "Bytes of those.",
     "load_seconds": "Time that loads took, on their own threads.",
+    "late_loads": "Loads given up since they took three times what was foreseen; the engine computed the rest.",
     "failed_blocks": "Blocks promised and not loaded; the engine computed them.",
     "stores": "Stores that ended.",
     "stored_blocks": "Blocks stored in forebay.",

@@ -76,7 +76,7 @@ class ForebayTier(SecondaryTierManager):
         table = _table(primary_kv_view)
         spec = namespace_spec(offloading_spec.config, table.block_bytes, revision)
         spec.validate()
-        client = client_of(client_options(options, name=f"vllm-tier {spec.model}"[:120]))
+        client = client_of(client_options({"plan": "always", **options}, name=f"vllm-tier {spec.model}"[:120]))
         self._jobs = TierJobs(client, client.open_namespace(spec), table, _name)
         self._row_bytes = table.block_bytes
         self._keys: dict[int, list[Any]] = {}

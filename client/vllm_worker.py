@@ -279,6 +279,8 @@ class VllmWorker:
         result = self._client.fetch(ns, part.hashes, self._tables[part.group], part.block_ids, stream=None)
         if result.reason == "copy_timeout":
             self._late.set()
+        if result.reason == "late":
+            self._counts.add(late_loads=1)
         if result.reason == "corrupt":
             self._mark_bad(part.group, part.hashes[result.blocks])
         if result.blocks < len(part.hashes) and result.reason in LOST:

@@ -308,6 +308,8 @@ FAMILIES: tuple[Family, ...] = (
     Family("forebay_plan_decisions_total", "counter", ("decision",), "Lookups that found something, by their advice",
            lambda snapshot: [((name,), getattr(physics.plans, name)) for physics in _each(snapshot.store.physics)
                              for name in ("load", "part", "recompute")]),
+    _physics("plan_late_loads_total", "counter", "Loads that clients gave up at their soft deadline",
+             lambda p: p.plans.late),
     Family("forebay_plan_eta_error_ratio", "histogram", ("tier",), "Error of predicted load times, relative",
            lambda snapshot: []),
     Family("forebay_link_bytes_per_second", "gauge", ("tier",), "Bandwidth that plans reckon with",

@@ -96,7 +96,8 @@ class Verbs:
         hashes = self._hashes(session_id, request.ns, request.blob)
         ttl_s = request.ttl_ms / 1000 or self.lease_ttl_s
         acquired = self.store.acquire(session_id, request.ns, hashes, ttl_s, now)
-        return m.AcquireReply(acquired.lease_id, *_readable(acquired))
+        soft_us = min(int(acquired.soft_s * 1e6), m.REPORTED_MAX)
+        return m.AcquireReply(acquired.lease_id, *_readable(acquired), soft_us)
 
     def _resolve(self, session_id: int, request: m.ResolveRequest, now: float) -> m.ResolveReply:
         return m.ResolveReply(*_readable(self.store.resolve(session_id, request.ns, request.lease)))
@@ -176,6 +177,7 @@ class Verbs:
             self.store.physics.computed(request.computed_tokens, request.depth_tokens, request.compute_us / 1e6)
         if request.copied_bytes and request.copy_us:
             self.store.physics.copied(request.copied_bytes, request.copy_us / 1e6)
+        self.store.physics.late(request.late_loads)
         return m.ReportReply()
 
     def _pinned(self, session_id: int, request: m.PinnedRequest, now: float) -> m.PinnedReply:

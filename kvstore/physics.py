@@ -16,7 +16,18 @@ from dataclasses import dataclass, field, replace
 from forebay.kvstore.curve import NamespaceCurve, ReuseCurve
 from forebay.kvstore.groups import HOST, NVME, Group
 from forebay.kvstore.load_times import LoadTimes
-from forebay.kvstore.planner import NO_BACKLOG, NO_PLAN, Backlog, Demand, Link, Mode, Plan, PrefillRate, plan
+from forebay.kvstore.planner import (
+    NO_BACKLOG,
+    NO_PLAN,
+    Backlog,
+    Demand,
+    Link,
+    Mode,
+    Plan,
+    PrefillRate,
+    plan,
+    soft_deadline_s,
+)
 from forebay.kvstore.recording import Recording
 
 SIZES_TOLD = (0.0625, 0.125, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0, 4.0)
@@ -90,12 +101,13 @@ class EtaErrors:
 
 @dataclass(slots=True)
 class PlanCounts:
-    """Plans by what they said, and by tier how well load times were foreseen."""
+    """Plans by what they said, loads given up at their soft deadline, and by tier how well load times were foreseen."""
 
     load: int = 0
     part: int = 0
     recompute: int = 0
     errors: tuple[EtaErrors, EtaErrors] = field(default_factory=lambda: (EtaErrors(), EtaErrors()))
+    late: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +190,10 @@ class Physics:
         size = group.complete_bytes
         return self.links[NVME].eta_s(on_drive * size, size) if on_drive else 0.0
 
+    def soft_deadline_s(self, load_s: float) -> float:
+        """When to give up a load that should take so long; 0: never."""
+        return soft_deadline_s(load_s, self.prefill, self.config.mode)
+
     def granted(self, group: Group, hashes: Sequence[bytes], rows: Sequence[int], nvme_s: float, now: float) -> None:
         """The lease was given: nobody has to compute these blocks. The first of an engine's ranks counts for all."""
         if not self._leased.has(group, hashes, len(rows), now):
@@ -207,6 +223,10 @@ class Physics:
         """An engine reports a prefill. One that no engine could have made is not believed."""
         if seconds * _TOKENS_PER_S_MAX > tokens > 0:
             self.prefill.report(tokens, depth, seconds)
+
+    def late(self, loads: int) -> None:
+        """A client has given up so many at their soft deadline."""
+        self.plans.late += loads
 
     def copied(self, size_bytes: int, seconds: float) -> None:
         """A client reports a load out of host memory; what would have been said of it is held against that."""

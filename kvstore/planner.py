@@ -26,6 +26,8 @@ _WAITING_SHARE = 0.25
 """How much of the prefill of one request each that waits is delayed, on average."""
 _PIECES = 8
 """Into so many parts the last run may be cut."""
+_SOFT_TIMES, _SOFT_MIN_S = 3.0, 0.02
+"""A load is given up after so many times what it was to take, but not within what any machine may be busy for."""
 _FORGET = 0.98
 _PRIOR_SAMPLES = 2.0
 _TOKEN_SCALE = 1e-3
@@ -294,6 +296,16 @@ class Demand:
     queue_s: float = 0.0
     waiting: int = 0
     shards: int = 1
+
+
+def soft_deadline_s(load_s: float, prefill: PrefillRate, mode: Mode) -> float:
+    """How long to wait for a load that was to take `load_s` before its rest is better computed; 0: as long as it takes.
+
+    That is where nothing is waited for, where the configuration decides, and where nothing is known of computing.
+    """
+    if load_s <= 0 or mode is not Mode.AUTO or not prefill.known:
+        return 0.0
+    return max(_SOFT_MIN_S, _SOFT_TIMES * load_s)
 
 
 def plan(demand: Demand, prefill: PrefillRate, mode: Mode = Mode.AUTO) -> Plan:

@@ -69,7 +69,8 @@ class Acquired:
     """Leading blocks leased for reading: `slots[i]` and the generation to compare after copying.
 
     The first `ready` may be copied now, the others are being brought to their slots. `checksums` are those of the
-    payloads, 0 where not known, or empty where none is.
+    payloads, 0 where not known, or empty where none is. After `soft_s` what has not been brought is better computed; 0:
+    there is no such time.
     """
 
     lease_id: int
@@ -77,6 +78,7 @@ class Acquired:
     generations: array[int]
     ready: int
     checksums: array[int]
+    soft_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,14 +282,16 @@ class Store:
             return _NOTHING_ACQUIRED
         rows = lease.rows
         self.physics.granted(group, hashes, rows, load_s, now)
+        soft_s = 0.0
         if lease.ready < len(rows):
             self.physics.expect(lease.lease_id, load_s, now)
+            soft_s = self.physics.soft_deadline_s(load_s)
         self._leases[lease.lease_id] = lease
         session.leases.add(lease.lease_id)
         self._lease_deadlines.add(lease.lease_id, deadline)
         self.counters.acquired_blocks += len(rows)
         self.counters.acquired_bytes += len(rows) * shard.slots.block_bytes
-        return _acquired(lease, shard)
+        return _acquired(lease, shard, soft_s)
 
     def resolve(self, session_id: int, ns: int, lease_id: int) -> Acquired:
         """The slots of a lease in another shard of its group, for a session of the holder's client group."""
@@ -971,8 +975,9 @@ def _with_followers(reservation: Reservation, failed: Sequence[int]) -> set[int]
     return lost
 
 
-def _acquired(lease: Lease, shard: Shard) -> Acquired:
+def _acquired(lease: Lease, shard: Shard, soft_s: float = 0.0) -> Acquired:
     index, rows, slots = lease.group.index, lease.rows[: lease.total], shard.slots
     places = index.slots(rows, HOST, shard.rank)
     checksums = array("Q", map(slots.checksum, places) if slots.knows_checksums else ())
-    return Acquired(lease.lease_id, places, index.generations(rows, shard.rank), lease.ready, checksums)
+    generations = index.generations(rows, shard.rank)
+    return Acquired(lease.lease_id, places, generations, lease.ready, checksums, soft_s)

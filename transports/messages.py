@@ -399,7 +399,8 @@ class AcquireReply(Reply):
     """The lease (0: nothing to lease) and the slots of its blocks.
 
     The leading `ready` blocks may be copied now, the others are being read into their slots: session packets tell
-    when they are there. `checksums` has one u64 per slot, 0 where none is known, or is empty when none is at all.
+    when they are there. `checksums` has one u64 per slot, 0 where none is known, or is empty when none is at all. After
+    `soft_us` (0: never) whoever can compute the blocks that are not there yet had better do so.
     """
 
     lease: int
@@ -407,9 +408,11 @@ class AcquireReply(Reply):
     generations: bytes
     ready: int
     checksums: bytes
+    soft_us: int = 0
 
     def check(self) -> None:
         check_int("lease", self.lease, 0, U63_MAX)
+        check_int("soft_us", self.soft_us, 0, REPORTED_MAX)
         _check_slots(self.slots, self.generations)
         _check_readable(self.slots, self.ready, self.checksums)
 
@@ -669,10 +672,10 @@ class PersistReply(Reply):
 
 @dataclass(frozen=True, slots=True)
 class ReportRequest(Request):
-    """What an engine has measured; either part may be all 0.
+    """What an engine has measured; each part may be all 0.
 
     It computed `computed_tokens` after `depth_tokens` that were there, in `compute_us`, and copied `copied_bytes` out
-    of host memory in `copy_us`.
+    of host memory in `copy_us`. It gave up `late_loads` at their soft deadline.
     """
 
     verb = Verb.REPORT
@@ -681,9 +684,10 @@ class ReportRequest(Request):
     compute_us: int
     copied_bytes: int
     copy_us: int
+    late_loads: int = 0
 
     def check(self) -> None:
-        for name in ("computed_tokens", "depth_tokens", "compute_us", "copied_bytes", "copy_us"):
+        for name in ("computed_tokens", "depth_tokens", "compute_us", "copied_bytes", "copy_us", "late_loads"):
             check_int(name, getattr(self, name), 0, REPORTED_MAX)
 
 

@@ -559,6 +559,26 @@ def test_a_fetch_ends_at_its_deadline_with_what_was_verified(make_shell: MakeShe
     assert (stats.breaker, stats.attached, stats.unavailable, stats.errors["deadline"]) == ("closed", True, 0, 1)
 
 
+def test_a_fetch_that_follows_the_plan_gives_up_at_the_soft_deadline(make_shell: MakeShell, fake: FakeDaemon) -> None:
+    """With what came; the lease is given back, and the daemon hears of it."""
+    shell, ns = held_back(make_shell, fake, 4, strict=True, timeout_ms=60_000.0)
+    fake.soft_us, target = 100_000, paged(seed=None)
+    assert shell.fetch(ns, chain(), table(target)) == FetchResult(4, 4 * 6000, "late")
+    assert np.array_equal(target[:, :4], paged()[:, :4])
+    eventually(lambda: fake.held() == (0, 0), "nothing is held any more")
+    shell.ping()
+    assert [report.late_loads for report in fake.reports] == [1]
+    stats = shell.stats()
+    assert (stats.late_fetches, stats.attached, stats.unavailable, stats.errors) == (1, True, 0, {})
+
+
+def test_a_fetch_that_loads_always_waits_for_its_own_deadline(make_shell: MakeShell, fake: FakeDaemon) -> None:
+    shell, ns = held_back(make_shell, fake, 4, strict=True, timeout_ms=60_000.0, plan="always")
+    fake.soft_us = 1
+    assert shell.fetch(ns, chain(), table(paged(seed=None)), deadline_ms=100.0).reason == "deadline"
+    assert shell.stats().late_fetches == 0
+
+
 def test_a_load_that_trickles_does_not_make_a_fetch_longer_than_its_deadline(
     make_shell: MakeShell, fake: FakeDaemon
 ) -> None:
@@ -686,7 +706,10 @@ def test_reports_reach_the_daemon_in_microseconds(make_shell: MakeShell, fake: F
     shell = make_shell(fake)
     assert shell.report_prefill(512, 1024, 0.25)
     assert shell.report_copy(1 << 20, 0.001)
-    assert [report.to_fields() for report in fake.reports] == [[512, 1024, 250_000, 0, 0], [0, 0, 0, 1 << 20, 1000]]
+    assert [report.to_fields() for report in fake.reports] == [
+        [512, 1024, 250_000, 0, 0, 0],
+        [0, 0, 0, 1 << 20, 1000, 0],
+    ]
     fake.stop()
     assert not shell.report_prefill(512, 1024, 0.25)
 

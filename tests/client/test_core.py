@@ -28,6 +28,7 @@ NS = Namespace.of(SPEC)
 HASHES = NS.hasher.hashes(range(4 * 6))
 SLOTS = 4
 LATE_S = float("inf")
+LATE = core.Patience(LATE_S)
 
 
 class Script:
@@ -124,9 +125,9 @@ def slots(*numbers: int) -> tuple[bytes, bytes]:
     return m.join_u64(numbers), m.join_u64([1] * len(numbers))
 
 
-def lease(*numbers: int, ready: int | None = None, checksums: bytes = b"") -> m.AcquireReply:
+def lease(*numbers: int, ready: int | None = None, checksums: bytes = b"", soft_us: int = 0) -> m.AcquireReply:
     """Lease 7 over the slots, all of them ready if nothing else is said."""
-    return m.AcquireReply(7, *slots(*numbers), len(numbers) if ready is None else ready, checksums)
+    return m.AcquireReply(7, *slots(*numbers), len(numbers) if ready is None else ready, checksums, soft_us)
 
 
 @pytest.fixture
@@ -136,11 +137,11 @@ def script() -> Script:
 
 def test_a_fetch_asks_maps_copies_and_releases(script: Script) -> None:
     script.replies[m.AcquireRequest] = lease(1, 2, 9)
-    result = script.run(core.fetch(script.attachment, work(HASHES[:3]), 0, LATE_S, strict=True))
+    result = script.run(core.fetch(script.attachment, work(HASHES[:3]), 0, LATE, strict=True))
     assert result == FetchResult(3, 3 * 4096, "")
     assert script.sent() == ["OpenNamespace", "Acquire", "map", "map", "copy 3", "post Release"]
     script.actions.clear()
-    script.run(core.fetch(script.attachment, work(HASHES[:3]), 0, LATE_S, strict=True))
+    script.run(core.fetch(script.attachment, work(HASHES[:3]), 0, LATE, strict=True))
     assert script.sent() == ["Acquire", "copy 3", "post Release"]
 
 
@@ -149,7 +150,7 @@ def test_a_plan_names_the_slots_addresses(script: Script) -> None:
     plans = []
     script.on_copy = lambda copy: plans.append(copy.plan) or ()
     transfer = core.transfer(NS, HASHES[:3], np.zeros((9, 4096), np.uint8), [8, 1, 5], writable=True)
-    script.run(core.fetch(script.attachment, transfer, 0, LATE_S, strict=True))
+    script.run(core.fetch(script.attachment, transfer, 0, LATE, strict=True))
     zero, two = script.slabs[0].address, script.slabs[2].address
     assert plans[0].addresses.tolist() == [zero + 2 * 4096, two + 4096, zero]
     assert plans[0].block_ids.tolist() == [8, 1, 5]
@@ -163,7 +164,7 @@ def test_a_generation_that_moved_during_the_copy_is_stale(script: Script) -> Non
         return ()
 
     script.on_copy = tamper
-    result = script.run(core.fetch(script.attachment, work(HASHES[:3]), 0, LATE_S, strict=True))
+    result = script.run(core.fetch(script.attachment, work(HASHES[:3]), 0, LATE, strict=True))
     assert result == FetchResult(1, 4096, "stale")
     assert script.sent()[-1] == "post Release"
 
@@ -171,7 +172,7 @@ def test_a_generation_that_moved_during_the_copy_is_stale(script: Script) -> Non
 def test_a_daemon_that_died_during_the_copy_makes_it_a_miss(script: Script) -> None:
     script.replies[m.AcquireRequest] = lease(0, 1)
     script.standing = False
-    result = script.run(core.fetch(script.attachment, work(HASHES[:2]), 0, LATE_S, strict=False))
+    result = script.run(core.fetch(script.attachment, work(HASHES[:2]), 0, LATE, strict=False))
     assert result == FetchResult(0, 0, "peer_lost")
 
 
@@ -183,7 +184,7 @@ def test_the_lease_is_released_when_the_copy_raises(script: Script) -> None:
 
     script.on_copy = explode
     with pytest.raises(MemoryError):
-        script.run(core.fetch(script.attachment, work(HASHES[:1]), 0, LATE_S, strict=False))
+        script.run(core.fetch(script.attachment, work(HASHES[:1]), 0, LATE, strict=False))
     assert script.sent()[-1] == "post Release"
 
 
@@ -191,7 +192,7 @@ def test_a_slot_outside_its_slab_is_never_touched(script: Script) -> None:
     script.slabs[0] = SlabMapping.of(np.zeros(2 * 4096, np.uint8), np.ones(2, np.uint64), 4096, writable=True)
     script.replies[m.AcquireRequest] = lease(0, 3)
     with pytest.raises(Corrupt, match="outside"):
-        script.run(core.fetch(script.attachment, work(HASHES[:2]), 0, LATE_S, strict=True))
+        script.run(core.fetch(script.attachment, work(HASHES[:2]), 0, LATE, strict=True))
     assert script.sent()[-1] == "post Release"
     assert "copy" not in [type(action).__name__.lower() for action in script.actions]
 
@@ -199,7 +200,7 @@ def test_a_slot_outside_its_slab_is_never_touched(script: Script) -> None:
 def test_replies_that_make_no_sense_are_errors_not_copies(script: Script) -> None:
     script.replies[m.AcquireRequest] = lease(0, 1)
     with pytest.raises(Internal, match="more blocks"):
-        script.run(core.fetch(script.attachment, work(HASHES[:1]), 0, LATE_S, strict=True))
+        script.run(core.fetch(script.attachment, work(HASHES[:1]), 0, LATE, strict=True))
     assert script.sent()[-1] == "post Release"
     script.replies[m.ReserveRequest] = m.ReserveReply(8, bytes([0, 0]), *slots(0))
     with pytest.raises(Internal, match="does not fit"):
@@ -213,7 +214,7 @@ def test_replies_that_make_no_sense_are_errors_not_copies(script: Script) -> Non
 def test_a_mapping_of_another_slot_size_is_not_used(script: Script) -> None:
     script.slabs[0] = mapping(slot_bytes=8192)
     script.replies[m.AcquireRequest] = lease(0)
-    assert script.run(core.fetch(script.attachment, work(HASHES[:1]), 0, LATE_S, strict=True)) == FetchResult(
+    assert script.run(core.fetch(script.attachment, work(HASHES[:1]), 0, LATE, strict=True)) == FetchResult(
         0, 0, "stale"
     )
     assert "copy" not in [type(action).__name__.lower() for action in script.actions]
@@ -379,7 +380,7 @@ def test_a_late_grant_is_undone() -> None:
 def test_what_is_ready_is_copied_while_the_rest_is_read(script: Script) -> None:
     script.replies[m.AcquireRequest] = lease(0, 1, 2, 3, 4, 5, ready=2)
     script.told = [Ready(7, 3, 6), Ready(7, 6, 6)]
-    result = script.run(core.fetch(script.attachment, work(HASHES), 0, LATE_S, strict=True))
+    result = script.run(core.fetch(script.attachment, work(HASHES), 0, LATE, strict=True))
     assert result == FetchResult(6, 6 * 4096, "")
     ranges = ["copy 2", "await", "copy 1", "await", "copy 3"]
     assert script.sent() == ["OpenNamespace", "Acquire", "map", "map", *ranges, "post Release"]
@@ -392,7 +393,7 @@ def test_ranges_go_to_the_blocks_and_come_from_the_slots_of_their_own(script: Sc
     plans: list[Any] = []
     script.on_copy = lambda copy: plans.append(copy.plan) or ()
     transfer = core.transfer(NS, HASHES[:3], np.zeros((9, 4096), np.uint8), [8, 1, 5], writable=True)
-    script.run(core.fetch(script.attachment, transfer, 0, LATE_S, strict=True))
+    script.run(core.fetch(script.attachment, transfer, 0, LATE, strict=True))
     zero, one, two = (script.slabs[serial].address for serial in range(3))
     assert [plan.block_ids.tolist() for plan in plans] == [[8], [1, 5]]
     assert [plan.addresses.tolist() for plan in plans] == [[zero + 3 * 4096], [one, two + 4096]]
@@ -401,21 +402,21 @@ def test_ranges_go_to_the_blocks_and_come_from_the_slots_of_their_own(script: Sc
 def test_nothing_is_copied_before_something_is_ready(script: Script) -> None:
     script.replies[m.AcquireRequest] = lease(0, 1, ready=0)
     script.told = [Ready(7, 2, 2)]
-    assert script.run(core.fetch(script.attachment, work(HASHES[:2]), 0, LATE_S, strict=True)).blocks == 2
+    assert script.run(core.fetch(script.attachment, work(HASHES[:2]), 0, LATE, strict=True)).blocks == 2
     assert script.sent() == ["OpenNamespace", "Acquire", "map", "await", "copy 2", "post Release"]
 
 
 def test_a_notice_that_came_before_the_reply_counts(script: Script) -> None:
     script.attachment.take(Ready(7, 2, 2))
     script.replies[m.AcquireRequest] = lease(0, 1, ready=0)
-    assert script.run(core.fetch(script.attachment, work(HASHES[:2]), 0, LATE_S, strict=True)).blocks == 2
+    assert script.run(core.fetch(script.attachment, work(HASHES[:2]), 0, LATE, strict=True)).blocks == 2
     assert "await" not in script.sent()
 
 
 def test_blocks_that_will_not_come_are_a_miss(script: Script) -> None:
     script.replies[m.AcquireRequest] = lease(0, 1, 2, 3, ready=1)
     script.told = [Ready(7, 2, 4), Ready(7, 3, 3)]
-    result = script.run(core.fetch(script.attachment, work(HASHES[:4]), 0, LATE_S, strict=True))
+    result = script.run(core.fetch(script.attachment, work(HASHES[:4]), 0, LATE, strict=True))
     assert result == FetchResult(3, 3 * 4096, "miss")
     assert script.sent()[-1] == "post Release"
 
@@ -423,14 +424,14 @@ def test_blocks_that_will_not_come_are_a_miss(script: Script) -> None:
 def test_a_total_that_shrinks_ends_nothing_that_still_comes(script: Script) -> None:
     script.replies[m.AcquireRequest] = lease(0, 1, 2, 3, ready=1)
     script.told = [Ready(7, 1, 3), Ready(7, 3, 3)]
-    assert script.run(core.fetch(script.attachment, work(HASHES[:4]), 0, LATE_S, strict=True)).blocks == 3
+    assert script.run(core.fetch(script.attachment, work(HASHES[:4]), 0, LATE, strict=True)).blocks == 3
     assert script.sent().count("await") == 1
 
 
 def test_when_no_block_comes_in_time_what_was_verified_counts(script: Script) -> None:
     script.replies[m.AcquireRequest] = lease(0, 1, 2, 3, ready=1)
     script.told = [Ready(7, 3, 4), None]
-    result = script.run(core.fetch(script.attachment, work(HASHES[:4]), 0, LATE_S, strict=True))
+    result = script.run(core.fetch(script.attachment, work(HASHES[:4]), 0, LATE, strict=True))
     assert result == FetchResult(3, 3 * 4096, "timeout")
     assert script.sent()[-1] == "post Release"
 
@@ -439,17 +440,78 @@ def test_at_the_deadline_of_a_fetch_what_was_verified_counts(script: Script) -> 
     """However steadily the blocks came until then."""
     script.replies[m.AcquireRequest] = lease(0, 1, 2, 3, ready=1)
     script.told = [Ready(7, 2, 4), Ready(7, 3, 4), "passed"]
-    result = script.run(core.fetch(script.attachment, work(HASHES[:4]), 0, 77.0, strict=True))
+    result = script.run(core.fetch(script.attachment, work(HASHES[:4]), 0, core.Patience(77.0), strict=True))
     assert result == FetchResult(3, 3 * 4096, "deadline")
     assert {action.until_s for action in script.actions if isinstance(action, core.Await)} == {77.0}
     assert script.sent()[-1] == "post Release"
+
+
+SOON = core.Patience(LATE_S, plans=True)
+
+
+def awaited_until(script: Script) -> set[float | None]:
+    return {action.until_s for action in script.actions if isinstance(action, core.Await)}
+
+
+def test_at_the_soft_deadline_what_came_by_then_is_copied_and_the_daemon_is_told(script: Script) -> None:
+    """That the last wait ended without news does not say that nothing had come."""
+    script.replies[m.AcquireRequest] = lease(0, 1, 2, 3, ready=1, soft_us=50_000)
+    script.told = [Ready(7, 2, 4), "passed"]
+    wait, last = script.await_, Ready(7, 3, 4)
+
+    def with_one_more(action: core.Await) -> Any:
+        told = wait(action)
+        if told is None:
+            script.attachment.take(last)
+        return told
+
+    script.await_ = with_one_more  # type: ignore[method-assign]
+    result = script.run(core.fetch(script.attachment, work(HASHES[:4]), 0, SOON, strict=True))
+    assert result == FetchResult(3, 3 * 4096, "late")
+    assert [name for name in script.sent() if name.startswith("copy")] == ["copy 1", "copy 1", "copy 1"]
+    assert script.sent()[-2:] == ["post Release", "post Report"]
+    (told,) = [action.request for action in script.actions if isinstance(action, core.Post)][-1:]
+    assert told == m.ReportRequest(0, 0, 0, 0, 0, late_loads=1)
+    (until_s,) = awaited_until(script)
+    assert until_s is not None
+    assert 0 < until_s < LATE_S
+
+
+def test_all_that_came_by_the_soft_deadline_is_no_late_fetch(script: Script) -> None:
+    script.replies[m.AcquireRequest] = lease(0, 1, 2, 3, ready=1, soft_us=50_000)
+    script.told = ["passed"]
+    wait = script.await_
+
+    def with_the_rest(action: core.Await) -> Any:
+        told = wait(action)
+        script.attachment.take(Ready(7, 4, 4))
+        return told
+
+    script.await_ = with_the_rest  # type: ignore[method-assign]
+    assert script.run(core.fetch(script.attachment, work(HASHES[:4]), 0, SOON, strict=True)).reason == ""
+
+
+@pytest.mark.parametrize(
+    ("patience", "soft_us", "reason"),
+    [(core.Patience(5.0, plans=True), 50_000, "deadline"), (core.Patience(77.0), 50_000, "deadline"), (SOON, 0, "")],
+    ids=["the deadline comes before", "plans are not followed", "there is none"],
+)
+def test_the_soft_deadline_counts_only_where_it_is_followed_and_comes_first(
+    script: Script, patience: core.Patience, soft_us: int, reason: str
+) -> None:
+    script.replies[m.AcquireRequest] = lease(0, 1, 2, 3, ready=1, soft_us=soft_us)
+    script.told = ["passed"] if reason else [Ready(7, 4, 4)]
+    result = script.run(core.fetch(script.attachment, work(HASHES[:4]), 0, patience, strict=True))
+    assert result.reason == reason
+    assert awaited_until(script) == {patience.until_s}
+    assert "post Report" not in script.sent()
 
 
 def test_a_daemon_lost_while_blocks_are_read_makes_all_of_them_a_miss(script: Script) -> None:
     script.replies[m.AcquireRequest] = lease(0, 1, 2, 3, ready=3)
     script.told = [PeerLost("gone")]
     script.standing = False
-    result = script.run(core.fetch(script.attachment, work(HASHES[:4]), 0, LATE_S, strict=False))
+    result = script.run(core.fetch(script.attachment, work(HASHES[:4]), 0, LATE, strict=False))
     assert result == FetchResult(0, 0, "peer_lost")
     assert script.sent()[-1] == "post Release"
 
@@ -467,7 +529,7 @@ def test_every_range_is_checked_after_its_own_copy(script: Script) -> None:
         return ()
 
     script.on_copy = tamper
-    result = script.run(core.fetch(script.attachment, work(HASHES[:4]), 0, LATE_S, strict=True))
+    result = script.run(core.fetch(script.attachment, work(HASHES[:4]), 0, LATE, strict=True))
     assert result == FetchResult(3, 3 * 4096, "stale")
 
 
@@ -475,7 +537,7 @@ def test_a_slab_that_cannot_be_mapped_ends_the_wait(script: Script) -> None:
     script.slabs[1] = mapping(slot_bytes=8192)
     script.replies[m.AcquireRequest] = lease(2, 3, 4, 5, ready=1)
     script.told = [Ready(7, 2, 4)]
-    result = script.run(core.fetch(script.attachment, work(HASHES[:4]), 0, LATE_S, strict=True))
+    result = script.run(core.fetch(script.attachment, work(HASHES[:4]), 0, LATE, strict=True))
     assert result == FetchResult(2, 2 * 4096, "stale")
 
 
@@ -511,9 +573,9 @@ def sums(*blocks: bytes) -> bytes:
 )
 def test_a_block_of_another_checksum_is_corrupt(script: Script, told: bytes, blocks: int, reason: str) -> None:
     script.replies[m.AcquireRequest] = lease(0, 1, 2, checksums=told)
-    result = script.run(core.fetch(script.attachment, work(HASHES[:3]), 0, LATE_S, strict=True, verify=True))
+    result = script.run(core.fetch(script.attachment, work(HASHES[:3]), 0, LATE, strict=True, verify=True))
     assert result == FetchResult(blocks, blocks * 4096, reason)
-    script.run(core.fetch(script.attachment, work(HASHES[:3]), 0, LATE_S, strict=True))
+    script.run(core.fetch(script.attachment, work(HASHES[:3]), 0, LATE, strict=True))
     assert script.sent()[-1] == "post Release"
     assert sum(isinstance(action, core.Compute) for action in script.actions) == any(told)
 
@@ -522,7 +584,7 @@ def test_checksums_belong_to_the_blocks_of_their_range(script: Script) -> None:
     good = bytes(4096)
     script.replies[m.AcquireRequest] = lease(0, 1, 2, 3, ready=2, checksums=sums(good, good, good, b"else"))
     script.told = [Ready(7, 4, 4)]
-    result = script.run(core.fetch(script.attachment, work(HASHES[:4]), 0, LATE_S, strict=True, verify=True))
+    result = script.run(core.fetch(script.attachment, work(HASHES[:4]), 0, LATE, strict=True, verify=True))
     assert result == FetchResult(3, 3 * 4096, "corrupt")
 
 
@@ -530,7 +592,7 @@ def test_a_stale_block_is_not_called_corrupt(script: Script) -> None:
     """Its bytes are another block's, which is nobody's fault."""
     script.replies[m.AcquireRequest] = lease(0, 1, checksums=m.join_u64([1, 1]))
     script.slabs[0].generations[0] += 1
-    result = script.run(core.fetch(script.attachment, work(HASHES[:2]), 0, LATE_S, strict=True, verify=True))
+    result = script.run(core.fetch(script.attachment, work(HASHES[:2]), 0, LATE, strict=True, verify=True))
     assert result == FetchResult(0, 0, "stale")
 
 
@@ -588,7 +650,7 @@ def test_blocks_on_a_gpu_are_verified_by_the_checksums_of_their_copy(script: Scr
         return ()
 
     script.on_copy = copied
-    result = script.run(core.fetch(script.attachment, on_gpu(HASHES[:3]), 0, LATE_S, strict=True, verify=verify))
+    result = script.run(core.fetch(script.attachment, on_gpu(HASHES[:3]), 0, LATE, strict=True, verify=verify))
     assert result == (FetchResult(2, 2 * 4096, "corrupt") if verify else FetchResult(3, 3 * 4096, ""))
     assert asked == [verify]
     assert not any(isinstance(action, core.Compute) for action in script.actions)
@@ -598,9 +660,7 @@ def test_a_copy_hashes_nothing_where_no_checksum_is_known(script: Script) -> Non
     script.replies[m.AcquireRequest] = lease(0, 1, checksums=m.join_u64([0, 0]))
     plans = []
     script.on_copy = lambda copy: plans.append(copy.plan) or ()
-    assert (
-        script.run(core.fetch(script.attachment, on_gpu(HASHES[:2]), 0, LATE_S, strict=True, verify=True)).blocks == 2
-    )
+    assert script.run(core.fetch(script.attachment, on_gpu(HASHES[:2]), 0, LATE, strict=True, verify=True)).blocks == 2
     assert plans[0].sums is None
 
 
@@ -631,7 +691,7 @@ def hang(copy: core.Copy) -> Any:
 def test_a_fetch_whose_copy_may_still_move_keeps_its_lease(script: Script, strict: bool) -> None:
     script.replies[m.AcquireRequest] = lease(0, 1)
     script.on_copy = hang
-    steps = core.fetch(script.attachment, on_gpu(HASHES[:2]), 0, LATE_S, strict=strict)
+    steps = core.fetch(script.attachment, on_gpu(HASHES[:2]), 0, LATE, strict=strict)
     if strict:
         with pytest.raises(CopyTimeout):
             script.run(steps)

@@ -76,6 +76,21 @@ def test_nothing_is_stored_without_a_daemon(tmp_path: object) -> None:
         assert store_chain(client, ns, NAMES[:3], table, [0, 1, 2], NAMES[3]) == [False] * 3
 
 
+def test_after_a_stretch_that_was_given_up_nothing_more_is_waited_for(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ns, asked = client.open_namespace(SPEC), []
+
+    def late(ns: Any, hashes: Any, *arguments: Any, **named: Any) -> FetchResult:
+        asked.append(len(hashes))
+        return FetchResult(2, 2 * SPEC.block_bytes, "late")
+
+    monkeypatch.setattr(client, "fetch", late)
+    target = SegmentTable.of(rows(0))
+    assert fetch_each(client, ns, NAMES[:5], target, range(5)) == [True, True, False, False, False]
+    assert asked == [5]
+
+
 def test_all_stretches_together_wait_no_longer_than_one_fetch(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each stretch gets what the ones before it left."""
     ns, data, given, now = client.open_namespace(SPEC), rows(1), [], [0.0]

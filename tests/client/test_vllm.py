@@ -373,6 +373,19 @@ def test_prefills_are_measured_by_the_first_rank_from_before_a_step_to_after_it(
     connector.shutdown()
 
 
+@pytest.mark.parametrize(("policy", "plan"), [("recompute", "auto"), ("fail", "always")])
+def test_loads_are_given_up_only_where_the_engine_computes_what_is_missing(
+    connector_module: Any, tmp_path: Path, policy: str, plan: str
+) -> None:
+    """The lookups are the scheduler's, which go by the plan all the same."""
+    config = vllm_config(tmp_path)
+    config.kv_transfer_config.kv_load_failure_policy = policy
+    for role, expected in ((Role.WORKER, plan), (Role.SCHEDULER, "auto")):
+        connector = connector_module.ForebayConnector(config, role, kv_cache_config())
+        assert connector._client.options.plan == expected
+        connector.shutdown()
+
+
 def test_requests_that_come_are_counted_until_they_go(connector_module: Any, tmp_path: Path) -> None:
     connector = made(connector_module, Role.SCHEDULER, tmp_path)
     request = SimpleNamespace(request_id="r", num_tokens=100)

@@ -195,6 +195,20 @@ def test_load_whose_bytes_may_still_come_is_told_before_its_blocks_are(rig: Rig)
     assert rig.worker.take_failed_blocks() == {29, 30, 31}
 
 
+def test_load_that_is_given_up_leaves_its_blocks_to_the_engine_and_is_counted(rig: Rig) -> None:
+    """Nothing was found missing, so nobody is told that; and no bytes come late."""
+    rig.step(stores=(Store("r", 0, b"", names(0, 1), (0,)),))
+    rig.settle()
+    rig.worker.take_notices()
+    rig.client.missing = "late"
+    rig.step(loads=(Load("q", (Part(0, names(0, 3), (30, 31, 32)),)),))
+    assert rig.loaded() == {"q"}
+    assert rig.worker.take_failed_blocks() == {31, 32}
+    assert not rig.worker.take_late()
+    assert rig.worker.take_notices() == []
+    assert rig.worker.take_counts()["late_loads"] == 1
+
+
 def test_load_of_several_groups_counts_only_as_a_whole() -> None:
     """vLLM cannot tell a block's group from its number, so it computes the request anew."""
     rig = Rig(groups=2)

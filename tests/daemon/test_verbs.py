@@ -80,7 +80,7 @@ def test_every_verb_has_an_answer(verbs: Verbs) -> None:
         m.StatusRequest(),
         m.CheckRequest(),
         m.PersistRequest(ns, BLOB),
-        m.ReportRequest(100, 0, 1000, 4096, 10),
+        m.ReportRequest(100, 0, 1000, 4096, 10, 3),
         m.RecordRequest(ns, 1000, 10),
         m.RecordedRequest(),
         m.ExpectRequest(ns, BLOB, 1000),
@@ -94,6 +94,7 @@ def test_every_verb_has_an_answer(verbs: Verbs) -> None:
     assert isinstance(last, m.ReserveReply)
     ask(verbs, m.AbortRequest(last.reservation))
     assert {request.verb for request in requests} | {m.Verb.ABORT} == set(m.Verb)
+    assert verbs.store.physics.plans.late == 3
 
 
 def test_what_is_leased_is_ready_and_nothing_is_durable(verbs: Verbs) -> None:

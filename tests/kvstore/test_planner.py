@@ -8,7 +8,7 @@ import time
 import pytest
 
 from forebay.kvstore.load_times import LoadTimes
-from forebay.kvstore.planner import Backlog, Demand, Link, Mode, PrefillRate, plan
+from forebay.kvstore.planner import Backlog, Demand, Link, Mode, PrefillRate, plan, soft_deadline_s
 
 BLOCK_TOKENS, BLOCK_BYTES = 16, 2 << 20
 PREFILL = PrefillRate(30_000.0, 30_600.0)
@@ -150,6 +150,20 @@ def test_prefill_samples_of_one_kind_say_nothing_absurd() -> None:
     assert rate.seconds(1000, 0) == pytest.approx(0.1, rel=0.05)
     assert rate.seconds(2000, 0) >= 0.1
     assert min(rate.line) >= 0
+
+
+def test_a_load_is_given_up_after_three_times_what_it_was_to_take() -> None:
+    assert soft_deadline_s(0.1, PREFILL, Mode.AUTO) == pytest.approx(0.3)
+    assert soft_deadline_s(0.0001, PREFILL, Mode.AUTO) == 0.02, "any machine may be busy for so long"
+
+
+@pytest.mark.parametrize(
+    ("load_s", "prefill", "mode"),
+    [(0.0, PREFILL, Mode.AUTO), (0.1, PrefillRate(), Mode.AUTO), (0.1, PREFILL, Mode.ALWAYS)],
+    ids=["nothing is waited for", "nothing is known of computing", "the configuration decides"],
+)
+def test_some_loads_are_never_given_up(load_s: float, prefill: PrefillRate, mode: Mode) -> None:
+    assert soft_deadline_s(load_s, prefill, mode) == 0.0
 
 
 def test_a_plan_for_512_blocks_is_quick() -> None:

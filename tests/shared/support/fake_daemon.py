@@ -128,6 +128,7 @@ class FakeDaemon:
         self.reports: list[m.ReportRequest] = []
         self.pinned: list[m.PinnedRequest] = []
         self.worth: int | None = None
+        self.soft_us = 0
         self.backlogs: list[tuple[int, int]] = []
         """So many leading blocks are advised for loading at most."""
         self.sessions_seen = 0
@@ -391,7 +392,7 @@ class FakeDaemon:
             self._loads[lease] = load
             if self.early is not None:
                 self._land(*self.early, lease)
-        return m.AcquireReply(lease, *self._slots(space, names, space.blocks), ready, self._sums(names))
+        return m.AcquireReply(lease, *self._slots(space, names, space.blocks), ready, self._sums(names), self.soft_us)
 
     def _load(self, lease: int, token: bytes, space: FakeNamespace, slots: list[int]) -> FakeLoad:
         """Take away the bytes of what is not to be ready."""
