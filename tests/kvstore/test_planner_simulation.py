@@ -20,6 +20,8 @@ TRACES = Path(__file__).resolve().parents[2] / ".." / "shared" / "traces"
 BLOCK_TOKENS = 512
 PREFILL = PrefillRate(14_000.0, 53_900.0)
 SPEEDS_GB_S = (1, 2, 4, 8, 13)
+FREE_GB_S = 1e6
+"""A link over which loads take no time: what is left is the engine's own queue."""
 
 
 def machine(arrivals: Sequence[Arrival], gb_s: float) -> Machine:
@@ -94,26 +96,36 @@ def recorded(count: int, seed: int) -> list[Arrival]:
     return arrivals
 
 
-def hold_to_targets(arrivals: Sequence[Arrival]) -> float:
-    """Returns the 99th percentile at 1 GB/s as a share of what loading always makes of it."""
-    shares = []
+def hold_to_targets(arrivals: Sequence[Arrival]) -> tuple[float, float]:
+    """Returns 99th percentiles as shares of what loading always makes at 1 GB/s: planned, and over a free link."""
+    shares, slowest_s = [], 0.0
     for gb_s in SPEEDS_GB_S:
         made = outcomes(arrivals, gb_s)
         planned = made.pop("planned")
         assert planned.mean_s <= 1.05 * min(each.mean_s for each in made.values())
         shares.append(planned.percentile_s(99) / made["always"].percentile_s(99))
+        slowest_s = slowest_s or made["always"].percentile_s(99)
     assert max(shares) <= 1.05
-    return shares[0]
+    free = Simulation(machine(arrivals, FREE_GB_S), CHOICES["always"]).run(arrivals).percentile_s(99) / slowest_s
+    print(f"99th percentile at 1 GB/s, of loading always: planned {shares[0]:.3f}, over a free link {free:.3f}")
+    return shares[0], free
 
 
 def test_planned_loads_are_as_good_as_the_best_fixed_choice_at_every_speed() -> None:
-    assert hold_to_targets(chats(2500, 1)) <= 0.25
+    planned, _ = hold_to_targets(chats(2500, 1))
+    assert planned <= 0.25
 
 
-@pytest.mark.parametrize("seed", [105, 107])
+@pytest.mark.parametrize("seed", [101, 102, 104, 105, 107, 108])
 def test_planned_loads_are_as_good_as_the_best_fixed_choice_on_a_recorded_trace(seed: int) -> None:
-    """Samples in which loading always is too much for a link of 1 GB/s; in others there is less to be gained."""
-    assert hold_to_targets(recorded(2557, seed)) <= 0.25
+    """At 1 GB/s the slowest requests are nearly as fast as if loads were free.
+
+    Where loading always overloads such a link, that is a quarter of what it makes of them. In other samples the
+    engine's own queue alone takes more than the quarter, so no plan can reach it.
+    """
+    planned, free = hold_to_targets(recorded(2557, seed))
+    assert planned <= 1.3 * free
+    assert planned <= 0.25 or free > 0.25
 
 
 @pytest.mark.parametrize("wrong_by", [0.5, 2.0])
