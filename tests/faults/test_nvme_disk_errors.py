@@ -260,6 +260,26 @@ def test_fetch_that_waits_for_the_drive_ends_in_time_with_what_was_right(daemon:
         assert engine.fetch(number) == Verdict(BLOCKS, 0, 0)
 
 
+@needs_strace
+def test_load_that_takes_far_longer_than_foreseen_is_given_up_where_computing_is_an_answer(ledger: Ledger) -> None:
+    """What had come is right; the daemon has counted it, and serves the chain when the drive is well again."""
+    settings = {"nvme.queue_depth": 1, "economics.prefill_tokens_per_s": 1000}
+    with NvmeDaemon(settings, host_bytes=f"{HOST_BYTES}B", nvme_bytes=128 << 20) as daemon:
+        [number] = _fresh(1)
+        _only_on_the_drive(daemon, ledger, [number])
+        with Engine(daemon, ledger, timeout_ms=10_000) as engine:
+            assert engine.fetch(number, blocks=3) == Verdict(3, 0, 0)
+            memory = np.zeros((BLOCKS, BLOCK_BYTES), np.uint8)
+            with _slow(daemon, 3.0, READS):
+                fetched = engine.client.fetch(engine.ns, chain(number), memory)
+                counted = engine.client.status()["store"]["physics"]["plans"]["late"]
+            assert (fetched.blocks, fetched.reason, counted) == (3, "late", 1)
+            assert ledger.compare(chain(number)[:3], [block.data for block in memory[:3]]).wrong == 0
+            assert engine.client.stats().late_fetches == 1
+            _rests(daemon)
+            assert engine.fetch(number) == Verdict(BLOCKS, 0, 0)
+
+
 def _actor_chain_on_the_drive(daemon: NvmeDaemon, in_memory: int) -> int:
     """The seed of an actor's chain of which only the first few blocks are in memory as well."""
     seeds = _fresh(1 + 2 * HOST_BYTES // (BLOCKS * actor.BLOCK_BYTES))
