@@ -61,6 +61,19 @@ def leases(daemon: LiveDaemon) -> int:
         return int(client.status()["store"]["leases"])
 
 
+def test_prefills_are_reported_and_plans_know_their_rate(
+    model: Path, daemon: LiveDaemon, expected: list[list[int]]
+) -> None:
+    with engine(model, daemon.runtime_dir, enable_prefix_caching=False) as cold:
+        for prompt, tokens in zip(PROMPTS, expected, strict=True):
+            assert cold.ask([prompt]) == [tokens]
+        with Client(daemon.runtime_dir, strict=True) as client:
+            eventually(lambda: client.status()["store"]["physics"]["prefill_samples"] > 0, "a prefill is reported")
+            fixed_s, token_s, _ = client.status()["store"]["physics"]["prefill_line"]
+    print(f"prefill as reported: {1000 * fixed_s:.2f} ms and {1e6 * token_s:.2f} us a token")
+    assert fixed_s + TOKENS * token_s > 0
+
+
 @pytest.mark.parametrize("local_cache", [True, False])
 @pytest.mark.parametrize("chunk", [0, 256])
 def test_restart_restores_exactly_the_whole_blocks(
