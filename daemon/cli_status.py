@@ -204,6 +204,7 @@ def _saved(document: Document, savings: Document) -> str:
 def _planned(physics: Document, tiers: Collection[str]) -> str:
     plans = physics.get("plans", {})
     decided = f"load {plans.get('load', 0)}, part {plans.get('part', 0)}, recompute {plans.get('recompute', 0)}"
+    decided += f", {plans['late']} loads given up" if plans.get("late") else ""
     links = [
         f"{link.get('tier')} {link.get('gb_s', 0):.1f} GB/s"
         for link in physics.get("links", ())

@@ -301,6 +301,7 @@ class Physics:
             backlog.seconds(self.prefill),
             backlog.requests,
             group.index.shard_size,
+            group.index.depths[rows[0]] * tokens if rows else 0,
         )
         return plan(demand, self.prefill, self.config.mode)
 

@@ -282,7 +282,7 @@ class Demand:
 
     Attributes:
         runs: leading blocks of the match as (link, blocks), in prompt order.
-        tokens: of the whole prompt.
+        tokens: of the prompt, but for the `depth` that the engine has already.
         block_tokens, block_bytes: of one block over all its shards.
         shards: of a block, each loaded by a rank of its own.
         queue_s: until the engine could begin to compute.
@@ -296,6 +296,7 @@ class Demand:
     queue_s: float = 0.0
     waiting: int = 0
     shards: int = 1
+    depth: int = 0
 
 
 def soft_deadline_s(load_s: float, prefill: PrefillRate, mode: Mode) -> float:
@@ -314,7 +315,7 @@ def plan(demand: Demand, prefill: PrefillRate, mode: Mode = Mode.AUTO) -> Plan:
     Where nothing is known of the prefill rate everything is loaded: that is what an engine does without a plan.
     """
     matched = sum(count for _, count in demand.runs)
-    recompute_s = prefill.seconds(demand.tokens, 0)
+    recompute_s = prefill.seconds(demand.tokens, demand.depth)
     if not matched:
         return Plan(0, (), 0.0, recompute_s, "nothing is stored", ())
     if mode is Mode.NEVER:
@@ -342,7 +343,7 @@ def _choices(demand: Demand) -> list[int]:
 def _candidate(demand: Demand, prefill: PrefillRate, blocks: int) -> Candidate:
     load_s = _load_s(demand, blocks)
     there = min(blocks * demand.block_tokens, demand.tokens)
-    compute_s = prefill.seconds(demand.tokens - there, there)
+    compute_s = prefill.seconds(demand.tokens - there, demand.depth + there)
     finish_s = max(demand.queue_s, load_s) + compute_s
     return Candidate(blocks, load_s, finish_s, finish_s + _WAITING_SHARE * demand.waiting * compute_s)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 
@@ -235,6 +236,19 @@ def test_a_lease_that_waits_for_the_drive_says_when_to_give_up(known: PhysicsCon
     world.step()
     world.finish_all()
     assert world.store.acquire(world.session, world.ns, names, 10.0, world.now).soft_s == 0.0
+
+
+def test_a_chain_that_continues_another_is_planned_at_its_depth() -> None:
+    """16 tokens a block: what follows 512 of them costs more to compute than a prompt's beginning."""
+    small = Small(replace(KNOWN, prefill_double_tokens=100.0))
+    names = chain("a", 40)
+    small.put(names)
+    physics, rows = small.store.physics, small.group.index.walk(names)
+    begin = physics.weigh(small.group, names[:8], rows[:8], [8])
+    end = physics.weigh(small.group, names[32:], rows[32:], [8])
+    assert begin.recompute_s == pytest.approx(physics.prefill.seconds(128, 0))
+    assert end.recompute_s == pytest.approx(physics.prefill.seconds(128, 512))
+    assert end.recompute_s > begin.recompute_s
 
 
 def test_loads_that_clients_gave_up_are_counted() -> None:

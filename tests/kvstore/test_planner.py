@@ -66,6 +66,15 @@ def test_a_backlog_takes_as_long_as_prompts_of_its_mean_length() -> None:
     assert Backlog().seconds(PREFILL) == 0
 
 
+def test_what_the_engine_has_already_makes_the_rest_dearer_to_compute() -> None:
+    """Attention reaches back into it: a link that is too slow for the beginning of a prompt is not for its end."""
+    link = Link("nvme", 1.3)
+    assert plan(demand((link, 1024), tokens=16_384), PREFILL).blocks == 0
+    deep = plan(demand((link, 1024), tokens=16_384, depth=131_072), PREFILL)
+    assert deep.blocks == 1024
+    assert deep.recompute_s == pytest.approx(PREFILL.seconds(16_384, 131_072))
+
+
 def test_links_work_beside_each_other() -> None:
     made = plan(demand((Link("host", 10.0), 512), (Link("nvme", 10.0), 512)), PREFILL)
     assert made.load_s == pytest.approx(512 * BLOCK_BYTES / 10e9)
