@@ -67,6 +67,7 @@ class Job:
     warm_up: float = 0.0
     budget: Size | None = None
     terms: WriteTerms | None = None
+    hints: float = 0.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -85,6 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parsed.warm_up / 100,
             parsed.write_budget,
             terms,
+            parsed.hints / 100,
         )
         for path in parsed.traces
         for policy in parsed.policy
@@ -214,6 +216,7 @@ def run_one(job: Job, tell: Callable[[int], None] | None = None) -> Result:
         block_tokens=block_tokens,
         warm_up=job.warm_up,
         tell=tell,
+        hints=job.hints,
     )
 
 
@@ -308,6 +311,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--warm-up", type=_percent, default=0.0, metavar="PERCENT", help="leading requests left out of the rates (0)"
     )
+    parser.add_argument(
+        "--hints",
+        type=_share,
+        default=0.0,
+        metavar="PERCENT",
+        help="requests after which the client says which of their blocks nobody will ask for again (0 to 100)",
+    )
     parser.add_argument("--price-per-gpu-hour", type=float, default=0.0, metavar="USD", help="show what hits saved")
     parser.add_argument("--json", action="store_true", help="a list of objects, one a run")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="hit rate over capacity: .svg, or .png (matplotlib)")
@@ -342,6 +352,10 @@ def _percent(text: str) -> float:
     if match is None:
         raise argparse.ArgumentTypeError(f"{text!r} is not a percentage below 100")
     return float(match[1])
+
+
+def _share(text: str) -> float:
+    return 100.0 if text in ("100", "100%") else _percent(text)
 
 
 def _whole(text: str) -> int:

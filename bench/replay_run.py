@@ -118,6 +118,10 @@ class _Run:
         self._carry_out(now)
         return found
 
+    def end(self, request: Request, keep: int) -> None:
+        """Say that all but the first blocks of a request and its answer will not be asked for again."""
+        self.store.done(_SESSION, self.shard.ns, request.names + request.answer, keep)
+
     def _carry_out(self, now: float) -> None:
         """Say that all which is wanted has been done, until nothing more is wanted."""
         self.store.plan_writes(now)
@@ -140,10 +144,13 @@ def replay(
     block_tokens: int = 512,
     warm_up: float = 0.0,
     tell: Callable[[int], None] | None = None,
+    hints: float = 0.0,
 ) -> Result:
     """Run the whole trace; `host_blocks` at least 1.
 
-    The leading share `warm_up` of requests is left out of the rates. `tell` is told of each few that are done.
+    The leading share `warm_up` of requests is left out of the rates. `tell` is told of each few that are done. The
+    share `hints` of requests, evenly spread, is followed by the hint that those of its blocks, and its answer's, which
+    no later request names are not needed any more.
     """
     physics = PhysicsConfig(
         prefill_tokens_per_s=GPU_FLOPS / shape.token_flops, prefill_double_tokens=shape.double_tokens
@@ -153,10 +160,13 @@ def replay(
     saved = needed = occupied = 0.0
     looked = 0
     first = int(warm_up * len(trace.requests))
+    wanted = trace.wanted_again() if hints else []
     for number, request in enumerate(trace.requests):
         if tell is not None and number % TOLD_REQUESTS == TOLD_REQUESTS - 1:
             tell(TOLD_REQUESTS)
         found = min(run.ask(request) * block_tokens, request.tokens)
+        if wanted and int((number + 1) * hints) > int(number * hints):
+            run.end(request, wanted[number])
         if number < first:
             continue
         hit, asked = hit + found, asked + request.tokens

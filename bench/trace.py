@@ -53,6 +53,16 @@ class Trace:
         """From the first request to the last."""
         return self.requests[-1].now_s - self.requests[0].now_s
 
+    def wanted_again(self) -> list[int]:
+        """Of each request, with its answer, how many leading blocks a later one names."""
+        wanted: list[int] = []
+        seen: set[bytes] = set()
+        for request in reversed(self.requests):
+            names = request.names + request.answer
+            wanted.append(next((at for at, name in enumerate(names) if name not in seen), len(names)))
+            seen.update(request.names)
+        return wanted[::-1]
+
 
 def read_trace(path: Path) -> Trace:
     """Raises BadTrace, OSError."""

@@ -309,10 +309,16 @@ class AsyncClient:
         ns.check_hashes(hashes)
         return await self._run(lambda attachment: core.touch(attachment, ns, hashes), 0)
 
-    async def done(self, ns: Namespace, hashes: Sequence[bytes]) -> int:
-        """Hint: the conversation is over; its blocks may go first. Returns how many are stored."""
+    async def done(self, ns: Namespace, hashes: Sequence[bytes], keep: int = 0) -> int:
+        """Hint: the conversation that ends with these blocks is over: those that only it uses go first.
+
+        They stay readable until their room is needed, and whoever asks for them takes the hint back. Blocks that others
+        were seen to share stay as they are, and so do the first `keep` of the prompt: others may still ask for them.
+        Returns how many blocks go first. Raises BadRequest where `keep` is below 0.
+        """
         ns.check_hashes(hashes)
-        return await self._run(lambda attachment: core.done(attachment, ns, hashes), 0)
+        keep = core.kept_blocks(keep)
+        return await self._run(lambda attachment: core.done(attachment, ns, hashes, keep), 0)
 
     async def expect(self, ns: Namespace, hashes: Sequence[bytes], within_s: float) -> int:
         """Hint: these blocks will be asked for again within so long, as after a tool has run: keep them in memory.

@@ -44,6 +44,7 @@ from forebay.kvstore.planner import Backlog
 from forebay.transports.messages import (
     EXPECT_MS_MAX,
     REFUSED_CHARS_MAX,
+    U31_MAX,
     AbortReply,
     AbortRequest,
     AcquireReply,
@@ -343,8 +344,22 @@ def touch(attachment: Attachment, ns: Namespace, hashes: Sequence[bytes]) -> Ste
     return (yield from _counted(attachment, ns, hashes, TouchRequest, TouchReply))
 
 
-def done(attachment: Attachment, ns: Namespace, hashes: Sequence[bytes]) -> Steps[int]:
-    return (yield from _counted(attachment, ns, hashes, DoneRequest, DoneReply))
+def done(attachment: Attachment, ns: Namespace, hashes: Sequence[bytes], keep: int) -> Steps[int]:
+    """Says that the conversation which ends with these blocks is over; of a longer chain than a request takes, the end.
+
+    Returns how many blocks go first.
+    """
+    handle = yield from open_namespace(attachment, ns)
+    blob = b"".join(hashes[-attachment.hashes_max(ns) :])
+    reply = yield from call(DoneRequest(handle.ns, blob, keep), DoneReply)
+    return reply.count
+
+
+def kept_blocks(keep: int) -> int:
+    """Raises BadRequest unless it is a number of blocks."""
+    if type(keep) is not int or not 0 <= keep <= U31_MAX:
+        raise BadRequest(f"keep must be from 0 to {U31_MAX}, not {keep}")
+    return keep
 
 
 def announce(attachment: Attachment, ns: Namespace, hashes: Sequence[bytes], within_ms: int) -> Steps[int]:
@@ -406,8 +421,8 @@ def _persist(handle: OpenNamespaceReply, parts: Sequence[Sequence[bytes]]) -> St
     return PersistResult(durable, pending)
 
 
-CountedRequest: TypeAlias = type[UnpinRequest] | type[TouchRequest] | type[DoneRequest]
-CountedReply: TypeAlias = type[UnpinReply] | type[TouchReply] | type[DoneReply]
+CountedRequest: TypeAlias = type[UnpinRequest] | type[TouchRequest]
+CountedReply: TypeAlias = type[UnpinReply] | type[TouchReply]
 
 
 def _counted(

@@ -146,7 +146,7 @@ class Verbs:
 
     def _done(self, session_id: int, request: m.DoneRequest, now: float) -> m.DoneReply:
         hashes = self._hashes(session_id, request.ns, request.blob)
-        return m.DoneReply(self.store.done(session_id, request.ns, hashes))
+        return m.DoneReply(self.store.done(session_id, request.ns, hashes, request.keep))
 
     def _expect(self, session_id: int, request: m.ExpectRequest, now: float) -> m.ExpectReply:
         hashes = self._hashes(session_id, request.ns, request.blob)

@@ -207,6 +207,8 @@ class Group:
         self.pinned_blocks = 0
         self.declined: set[int] = set()
         """Rows in host memory that were found not to be worth a write."""
+        self._ending: dict[int, int] = {}
+        """Rows whose writing has to end before their chain's end can be told to the policy; and what to keep of it."""
         self._nothing_evictable = [False] * self._tiers
         self._expected.clear()
 
@@ -302,7 +304,7 @@ class Group:
     def lose(self, row: int) -> None:
         """Drop a block for space, wherever it is."""
         unwritten = len(self.policies) > 1 and not self.memory_only and not self.index.is_in(row, NVME)
-        unwritten = unwritten and row not in self.declined
+        unwritten = unwritten and row not in self.declined and not self.policies[HOST].is_over(row)
         self.evicted_unwritten += unwritten
         self._counters.evicted_blocks += 1
         self._counters.evicted_unwritten_blocks += unwritten
@@ -341,6 +343,24 @@ class Group:
         if any(index.holds[each] or index.pinned[each] or index.is_in(each, HOST) for each in rows):
             return None
         return sorted(filter(index.is_resident, rows), key=lambda each: -index.depths[each])
+
+    def end_chain(self, row: int, keep: int) -> int:
+        """The chain up to this row will not be asked for again, but for its first `keep` blocks and what others share.
+
+        Returns how many blocks go first in consequence.
+        """
+        index = self.index
+        tail = index.own_tail(row, keep)
+        for tier, policy in enumerate(self.policies):
+            policy.demote([each for each in tail if index.is_in(each, tier)])
+        if tail and not index.is_resident(row):
+            self._ending[row] = keep
+        return len(tail)
+
+    def not_over(self, rows: Sequence[int]) -> list[int]:
+        """Without those of chains that are said to be over: they are not worth a write."""
+        is_over = self.policies[HOST].is_over
+        return [row for row in rows if not is_over(row)]
 
     def expect(self, rows: Sequence[int], until: float) -> int:
         """Keep the leading blocks in memory until then; returns how many are: less than all beyond the share, none
@@ -425,6 +445,8 @@ class Group:
         self.policies[tier].insert(fresh, now)
         if tier == HOST:
             self.last_touch_s = now
+            for row in self._ending.keys() & fresh if self._ending else ():
+                self.end_chain(row, self._ending.pop(row))
 
     def abort(self, shard: Shard, row: int, slot_id: int, *, quarantine: bool = False, tier: int = HOST) -> None:
         """A writer gave its slot up; with `quarantine` it may still be writing into it.
@@ -438,6 +460,7 @@ class Group:
         else:
             self.free_slot(shard, slot_id, tier, last=tier != HOST)
         self.index.abort(row, tier, shard.rank)
+        self._ending.pop(row, None)
 
     def free_slot(self, shard: Shard, slot_id: int, tier: int = HOST, *, last: bool = False) -> None:
         if tier == HOST:

@@ -99,6 +99,10 @@ class BlockIndex:
         row = self.complete.get(name)
         return self.partial.get(name, NO_ROW) if row is None else row
 
+    def deepest(self, hashes: Sequence[bytes]) -> int:
+        """The row of the last of these blocks that has one, in any state, or NO_ROW."""
+        return next((row for name in reversed(hashes) if (row := self.find(name)) != NO_ROW), NO_ROW)
+
     def add(self, name: bytes, parent: int) -> int:
         """A new row without residence, child of `parent` (NO_ROW for a root)."""
         row = self._unused.pop() if self._unused else self._grow()
@@ -347,6 +351,22 @@ class BlockIndex:
         while child >= 0:
             yield child
             child = self._next_sibling[child]
+
+    def own_tail(self, row: int, first: int) -> list[int]:
+        """The rows that lead to this one and to no other, the deepest first, down from the block `first` of the prompt.
+
+        None where something continues the row itself.
+        """
+        tail: list[int] = []
+        if row < 0 or self._first_child[row] >= 0:
+            return tail
+        parents, depths, after, before = self.parents, self.depths, self._next_sibling, self._previous_sibling
+        while row >= 0 and depths[row] >= first:
+            tail.append(row)
+            if after[row] >= 0 or before[row] >= 0:
+                break
+            row = parents[row]
+        return tail
 
     def subtrees(self, roots: Iterable[int]) -> set[int]:
         """These rows and all that continues them; linear, though most roots may lie below one another."""

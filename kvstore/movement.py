@@ -422,6 +422,8 @@ class Movement:
             return True
         shards = tuple(group.shards.values())
         dirty = [row for row in rows if any(self._is_dirty(shard, row) for shard in shards)]
+        if not asked:
+            dirty = group.not_over(dirty)
         admitted = dirty if asked or not dirty else self._rule.admit(group, dirty, now)
         return all(self._write_part(shard, admitted, groups, now) for shard in group.shards.values())
 
@@ -474,7 +476,8 @@ class Movement:
         if group.memory_only or not dirty_shards(group):
             return []
         rows = group.policies[HOST].coldest(len(group.index.hashes))
-        return [row for row in rows if any(self._is_dirty(shard, row) for shard in group.shards.values())]
+        dirty = [row for row in rows if any(self._is_dirty(shard, row) for shard in group.shards.values())]
+        return group.not_over(dirty)
 
     def is_busy(self, group: Group) -> bool:
         """Some of its blocks are under way."""

@@ -455,13 +455,15 @@ class Store:
         group.request(hashes, rows, now)
         return len(rows)
 
-    def done(self, session_id: int, ns: int, hashes: Sequence[bytes]) -> int:
-        """Hint: the conversation that ends with these blocks is over; its own tail goes first."""
+    def done(self, session_id: int, ns: int, hashes: Sequence[bytes], keep: int = 0) -> int:
+        """Hint: the conversation that ends with these blocks is over, so what nobody else continues of it goes first.
+
+        Args:
+            keep: leading blocks of the prompt that others may ask for all the same.
+        Returns how many blocks go first. Those that are still being written will, and count.
+        """
         group = self.shard(session_id, ns).group
-        rows = group.index.walk(hashes)
-        for policy in group.policies:
-            policy.demote(rows)
-        return len(rows)
+        return group.end_chain(group.index.deepest(hashes), keep)
 
     def expect(self, session_id: int, ns: int, hashes: Sequence[bytes], within_s: float, now: float) -> int:
         """Hint: these blocks will be asked for within so long; the leading ones stay in memory until then.

@@ -578,13 +578,23 @@ class TouchReply(_CountReply):
 
 
 @dataclass(frozen=True, slots=True)
-class DoneRequest(_BlobRequest):
+class DoneRequest(Request):
+    """Hint: the conversation that ends with these blocks is over, but others may ask for its first `keep` blocks."""
+
     verb = Verb.DONE
+    ns: int
+    blob: bytes
+    keep: int
+
+    def check(self) -> None:
+        check_int("ns", self.ns, 1, U63_MAX)
+        check_bytes("blob", self.blob, _BLOB_BYTES_MAX)
+        check_int("keep", self.keep, 0, U31_MAX)
 
 
 @dataclass(frozen=True, slots=True)
 class DoneReply(_CountReply):
-    pass
+    """Blocks that go first."""
 
 
 @dataclass(frozen=True, slots=True)

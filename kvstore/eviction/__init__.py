@@ -37,7 +37,13 @@ class EvictionPolicy(Protocol):
         """The block is gone: evicted, removed or expired."""
 
     def demote(self, rows: Sequence[int]) -> None:
-        """A hint: this chain's own tail will not be asked for again."""
+        """A hint: these rows of one chain, the deepest first, will not be asked for again, so they go first.
+
+        Until a request names them, that is: then they are as others.
+        """
+
+    def is_over(self, row: int) -> bool:
+        """That hint was given, and no request has named the row since."""
 
     def victim(self, evictable: Callable[[int], bool | None], newcomer: bytes | None = None) -> int | None:
         """The row that should go next, or None when none may. The caller removes it.

@@ -44,6 +44,10 @@ class FlatPolicy:
     def demote(self, rows: Sequence[int]) -> None:
         """These policies know no hints."""
 
+    def is_over(self, row: int) -> bool:
+        del row
+        return False
+
     def victim(self, evictable: Callable[[int], bool | None], newcomer: bytes | None = None) -> int | None:
         del newcomer
         for _ in range(2 * len(self.rows) + 1):

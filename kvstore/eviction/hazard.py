@@ -120,7 +120,7 @@ class HazardPolicy:
             return
         hashes = list(hashes)
         path, matched = self._pieces.match(hashes)
-        if matched == len(hashes) and (not opens or self._now - path[-1][0].touched < REPEAT_S):
+        if matched == len(hashes) and self._is_repeated(path[-1][0], opens=opens):
             return
         if self._guard is not None:
             self._guard.request(hashes, len(rows), self._now)
@@ -135,6 +135,10 @@ class HazardPolicy:
                 self._chances.returned(piece.kind, _length(piece), age, blocks)
         self._relabel(path, fresh, turn, branches=not goes_on, length=matched + len(fresh))
         self._learn()
+
+    def _is_repeated(self, last: Piece, *, opens: bool) -> bool:
+        """A chain that is known as far as this piece is named by the request that named it before."""
+        return last.kind != FINISHED and (not opens or self._now - last.touched < REPEAT_S)
 
     def _relabel(
         self, path: Sequence[tuple[Piece, int]], fresh: Sequence[bytes], turn: int, *, branches: bool, length: int
@@ -216,12 +220,32 @@ class HazardPolicy:
         self._pieces.remove(piece, self._depths[row] - piece.start)
 
     def demote(self, rows: Sequence[int]) -> None:
-        self._lru.demote(rows)
-        name = self._hashes[rows[-1]] if rows else None
-        piece = self._pieces.known.get(name) if name is not None else None
-        if piece is not None and not piece.shared:
-            self._new_candidates()
+        """What others were seen to share stays as it is."""
+        self._new_candidates()
+        pieces, hashes, depths, at = self._pieces, self._hashes, self._depths, 0
+        while at < len(rows):
+            name = hashes[rows[at]]
+            assert name is not None, f"row {rows[at]} is not in use"
+            piece = pieces.known[name]
+            if piece.shared:
+                break
+            above = depths[rows[-1]] - piece.start
+            if above > 0:
+                pieces.head(piece, above)
+                piece = pieces.known[name]
+            self._finish(piece)
+            while at < len(rows) and depths[rows[at]] >= piece.start:
+                at += 1
+        self._lru.demote(rows[:at])
+
+    def _finish(self, piece: Piece) -> None:
+        """How it would have gone on without the hint is not known: it has reached its age and no more."""
+        if piece.kind != FINISHED:
+            self._given_up(piece, len(piece.names))
             self._pieces.label(piece, FINISHED, piece.touched)
+
+    def is_over(self, row: int) -> bool:
+        return self._lru.is_over(row)
 
     def victim(self, evictable: Callable[[int], bool | None], newcomer: bytes | None = None) -> int | None:
         if self._guard is not None and self._looks_anew:

@@ -7,6 +7,8 @@ moves as a whole and is split only where a later request leaves it. The order is
 
 A tail that may not go just now (leased, pinned, being written, or with a child in a younger piece) takes its
 piece to the young end: it is in use, so it is recent.
+
+Pieces that somebody said are over lie in a list of their own, which is searched first.
 """
 
 from __future__ import annotations
@@ -15,13 +17,18 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 _NO_PIECE = -1
+_OVER, _PLAIN = 0, 1
+"""Lists of pieces, in the order in which they are searched."""
 
 
 class _Piece:
-    __slots__ = ("newer", "number", "older", "rows", "touched")
+    """`order` is the list that it lies in."""
 
-    def __init__(self, number: int = _NO_PIECE) -> None:
+    __slots__ = ("newer", "number", "older", "order", "rows", "touched")
+
+    def __init__(self, number: int = _NO_PIECE, order: int = _PLAIN) -> None:
         self.number = number
+        self.order = order
         self.rows = array("i")
         self.touched = 0.0
         self.older: _Piece = self
@@ -29,7 +36,7 @@ class _Piece:
 
 
 class LruPolicy:
-    """Pieces in a ring around a sentinel: ``_ring.newer`` is the oldest, ``_ring.older`` the newest."""
+    """Pieces in rings, each around a sentinel: ``ring.newer`` is the oldest, ``ring.older`` the newest."""
 
     def __init__(self, parents: array[int], depths: array[int]) -> None:
         """`parents` and `depths` are the index's live columns, read by row."""
@@ -38,8 +45,10 @@ class LruPolicy:
         self._piece_of = array("i")  # numbers of pieces: half as large as references, of which there would be millions
         self._numbered: list[_Piece | None] = []
         self._unused: list[int] = []
-        self._ring = _Piece()
-        self._skipped = self._ring  # the youngest of the oldest pieces, all of which may not go just now
+        self._rings = [_Piece(order=order) for order in (_OVER, _PLAIN)]
+        self._skipped = list(
+            self._rings
+        )  # of each, the youngest of the oldest pieces, all of which may not go just now
         self._pieces = 0
 
     def request(self, hashes: Sequence[bytes], rows: Sequence[int], now: float, *, opens: bool = True) -> None:
@@ -61,7 +70,7 @@ class LruPolicy:
             number = piece_of[parent] if parent >= 0 else _NO_PIECE
             piece = numbered[number] if number >= 0 else None
             if piece is None or piece.rows[-1] != parent:  # else it continues its parent's piece
-                piece = self._new_piece(self._ring.older)
+                piece = self._new_piece(self._rings[_PLAIN].older)
             piece.rows.append(row)
             piece_of[row] = piece.number
         self._touch_path(rows[-1], now)
@@ -80,29 +89,44 @@ class LruPolicy:
             self._unused.append(piece.number)
 
     def demote(self, rows: Sequence[int]) -> None:
-        piece = self._find(rows[-1]) if rows else None
-        if piece is None:
-            return
-        if piece.rows[-1] != rows[-1]:
-            self._split(piece, self._position(piece, rows[-1]) + 1)
-        self._unlink(piece)
-        self._link_after(piece, self._ring)
+        at = 0
+        while at < len(rows):
+            piece = self._find(rows[at])
+            if piece is None:
+                at += 1
+                continue
+            if piece.rows[-1] != rows[at]:
+                self._split(piece, self._position(piece, rows[at]) + 1)
+            above = self._depths[rows[-1]] - self._depths[piece.rows[0]]
+            if above > 0:
+                piece = self._split(piece, above)
+            self._unlink(piece)
+            self._link_after(piece, self._rings[_OVER].older)
+            at += len(piece.rows)
         self.look_again()
+
+    def is_over(self, row: int) -> bool:
+        piece = self._find(row)
+        return piece is not None and piece.order == _OVER
 
     def victim(self, evictable: Callable[[int], bool | None], newcomer: bytes | None = None) -> int | None:
         del newcomer
-        row = self._search(evictable)
-        if row is None and self._skipped is not self._ring:
+        row = self._search_all(evictable)
+        if row is None and self._skipped != self._rings:
             self.look_again()
-            row = self._search(evictable)
+            row = self._search_all(evictable)
         return row
 
     def look_again(self) -> None:
-        self._skipped = self._ring
+        self._skipped = list(self._rings)
 
-    def _search(self, evictable: Callable[[int], bool | None]) -> int | None:
+    def _search_all(self, evictable: Callable[[int], bool | None]) -> int | None:
+        row = self._search(_OVER, evictable)
+        return self._search(_PLAIN, evictable) if row is None else row
+
+    def _search(self, order: int, evictable: Callable[[int], bool | None]) -> int | None:
         """The first that may go; pieces that may not just now are not asked again until `look_again`."""
-        piece, youngest = self._skipped, self._ring.older
+        piece, youngest = self._skipped[order], self._rings[order].older
         newer = piece.newer
         while piece is not youngest:
             piece, newer = newer, newer.newer
@@ -111,17 +135,18 @@ class LruPolicy:
             if verdict:
                 return tail
             if verdict is None:
-                self._skipped = piece
+                self._skipped[order] = piece
             else:
-                self._refresh(piece, piece.touched)
+                self._refresh(piece, piece.touched, order)
         return None
 
     def coldest(self, limit: int) -> list[int]:
         rows: list[int] = []
-        piece = self._ring.newer
-        while piece is not self._ring and len(rows) < limit:
-            rows += piece.rows[: -(limit - len(rows)) - 1 : -1]
-            piece = piece.newer
+        for ring in self._rings:
+            piece = ring.newer
+            while piece is not ring and len(rows) < limit:
+                rows += piece.rows[: -(limit - len(rows)) - 1 : -1]
+                piece = piece.newer
         return rows
 
     def chances(self, rows: Sequence[int], within_s: float, now: float) -> None:
@@ -129,7 +154,11 @@ class LruPolicy:
         del rows, within_s, now
 
     def oldest_touch(self) -> float | None:
-        return self._ring.newer.touched if self._pieces else None
+        """Of what nobody said is over, where there is such: a hint moves no memory from one namespace to another."""
+        ring = self._rings[_PLAIN]
+        if ring.newer is ring:
+            ring = self._rings[_OVER]
+        return ring.newer.touched if self._pieces else None
 
     def touched(self, row: int) -> float | None:
         """When a row was last asked for, None where it is not known here."""
@@ -139,8 +168,7 @@ class LruPolicy:
     def check(self, rows: Iterable[int]) -> Iterator[str]:
         seen: set[int] = set()
         pieces = 0
-        piece = self._ring.newer
-        while piece is not self._ring:
+        for piece in self._all():
             pieces += 1
             for position, row in enumerate(piece.rows):
                 if self._find(row) is not piece or row in seen:
@@ -150,11 +178,18 @@ class LruPolicy:
                 seen.add(row)
             if not piece.rows:
                 yield "an empty piece"
-            piece = piece.newer
         if pieces != self._pieces:
             yield f"{pieces} pieces in the ring, {self._pieces} counted"
         if seen != set(rows):
             yield f"the policy knows {len(seen)} rows, the index {len(set(rows))} resident ones"
+
+    def _all(self) -> Iterator[_Piece]:
+        for order, ring in enumerate(self._rings):
+            piece = ring.newer
+            while piece is not ring:
+                assert piece.order == order, "a piece lies in another list than it says"
+                yield piece
+                piece = piece.newer
 
     def _find(self, row: int) -> _Piece | None:
         number = self._piece_of[row] if row < len(self._piece_of) else _NO_PIECE
@@ -180,11 +215,11 @@ class LruPolicy:
                 continue
             if piece.rows[-1] != row:
                 self._split(piece, self._position(piece, row) + 1)
-            self._refresh(piece, now)
+            self._refresh(piece, now, _PLAIN)
             row = self.parents[piece.rows[0]]
 
-    def _split(self, piece: _Piece, position: int) -> None:
-        """Cut rows[position:] off into a piece of their own that keeps the old one's place in the ring."""
+    def _split(self, piece: _Piece, position: int) -> _Piece:
+        """Cut rows[position:] off into a piece of their own, which is returned, beside the old one in its ring."""
         tail = self._new_piece(piece.older)
         tail.rows = piece.rows[position:]
         tail.touched = piece.touched
@@ -192,22 +227,24 @@ class LruPolicy:
         for row in tail.rows:
             self._piece_of[row] = tail.number
         self.look_again()  # the piece has another tail
+        return tail
 
     def _position(self, piece: _Piece, row: int) -> int:
         return self._depths[row] - self._depths[piece.rows[0]]
 
-    def _refresh(self, piece: _Piece, now: float) -> None:
+    def _refresh(self, piece: _Piece, now: float, order: int) -> None:
         piece.touched = now
         self._unlink(piece)
-        self._link_after(piece, self._ring.older)
+        self._link_after(piece, self._rings[order].older)
 
     def _unlink(self, piece: _Piece) -> None:
-        if piece is self._skipped:
-            self._skipped = piece.older
+        if piece is self._skipped[piece.order]:
+            self._skipped[piece.order] = piece.older
         piece.older.newer = piece.newer
         piece.newer.older = piece.older
 
     def _link_after(self, piece: _Piece, older: _Piece) -> None:
+        piece.order = older.order
         piece.older = older
         piece.newer = older.newer
         older.newer.older = piece

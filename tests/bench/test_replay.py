@@ -136,6 +136,7 @@ def test_png_needs_matplotlib_and_says_so(trace: Path, tmp_path: Path, capsys: p
         (["--capacity", "5 apples"], "is not a size"),
         (["--capacity", "0%"], "is not a size"),
         (["--warm-up", "100"], "is not a percentage"),
+        (["--hints", "101"], "is not a percentage"),
         (["--block-tokens", "0"], "is not a whole number"),
         (["--host", "5%", "--capacity", "5%"], "not allowed with"),
     ],

@@ -26,11 +26,13 @@ def trace_of(*chains: str) -> Trace:
     return Trace("tiny", requests, len({name for request in requests for name in request.names}))
 
 
-def run(trace: Trace, policy: str, blocks: int, nvme_blocks: int = 0, warm_up: float = 0.0) -> Result:
+def run(
+    trace: Trace, policy: str, blocks: int, nvme_blocks: int = 0, warm_up: float = 0.0, hints: float = 0.0
+) -> Result:
     shape = SHAPES["llama-3-70b"]
     maker = policy_maker(policy, trace, shape)
     drive = Drive(nvme_blocks) if nvme_blocks else None
-    return replay(trace, policy, maker, blocks, drive=drive, shape=shape, warm_up=warm_up)
+    return replay(trace, policy, maker, blocks, drive=drive, shape=shape, warm_up=warm_up, hints=hints)
 
 
 def recorded(name: str) -> Trace:
@@ -66,6 +68,25 @@ def test_saved_work_weighs_deep_tokens_more() -> None:
     result = run(trace_of("abcd", "abxy"), "lru", 100)
     assert result.token_hit_percent == pytest.approx(25.0)
     assert 24.0 < result.flops_saved_percent < 25.0
+
+
+def test_blocks_that_are_said_to_be_over_make_room_for_those_that_are_not() -> None:
+    """Room for 4: without hints "vw" takes the places of "ab", with them those of "xy"."""
+    trace = trace_of("ab", "xy", "vw", "ab")
+    assert [run(trace, "lru", 4, hints=share).token_hit_percent for share in (0.0, 1.0)] == [0.0, 25.0]
+
+
+@pytest.mark.parametrize(("policy", "least"), [("lru", (12.0, 24.5)), ("hazard", (15.9, 24.5))], ids=["lru", "hazard"])
+def test_hints_of_the_end_are_worth_what_they_should_be_on_recorded_conversations(
+    policy: str, least: tuple[float, float]
+) -> None:
+    """A release of all that is dead is worth 17 points to LRU, of half of it 4.5."""
+    trace = recorded("conversation")
+    blocks = trace.unique_blocks * 2 // 100
+    found = [run(trace, policy, blocks, hints=share).token_hit_percent for share in (0.5, 1.0)]
+    print(f"{policy}: token hits with half of the ends told, and with all: {found}")
+    assert found[0] >= least[0]
+    assert found[1] >= least[1]
 
 
 @pytest.mark.parametrize("policy", NAMES)

@@ -49,6 +49,12 @@ def test_size_of_blocks_is_told_or_not_but_not_differently(tmp_path: Path) -> No
         read_trace(path)
 
 
+def test_wanted_again_are_the_leading_blocks_that_later_requests_name(tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    path.write_text(GOOD)
+    assert read_trace(path).wanted_again() == [1, 0]
+
+
 @pytest.mark.parametrize(
     "line",
     [

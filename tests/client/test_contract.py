@@ -203,6 +203,10 @@ def test_hints_pins_and_removals_answer_counts(make_shell: MakeShell, daemon: An
     shell.store(ns, hashes, table(paged()))
     assert shell.touch(ns, hashes) == BLOCKS
     assert shell.done(ns, hashes) == BLOCKS
+    assert shell.done(ns, hashes, keep=2) == BLOCKS - 2
+    for wrong in (-1, 1 << 31, 1.0):
+        with pytest.raises(BadRequest, match="keep"):
+            shell.done(ns, hashes, keep=wrong)
     assert 1 <= shell.expect(ns, hashes, 0.5) <= BLOCKS
     for wrong in (0, -1, 3601, float("nan")):
         with pytest.raises(BadRequest, match="within_s"):

@@ -74,7 +74,7 @@ def test_every_verb_has_an_answer(verbs: Verbs) -> None:
         m.PinRequest(ns, BLOB[:32]),
         m.UnpinRequest(ns, BLOB[:32]),
         m.TouchRequest(ns, BLOB),
-        m.DoneRequest(ns, BLOB),
+        m.DoneRequest(ns, BLOB, 0),
         m.PrefetchRequest(ns, BLOB),
         m.EvictRequest(ns, 1, BLOB[-32:], False),
         m.StatusRequest(),

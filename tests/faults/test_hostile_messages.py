@@ -59,7 +59,7 @@ def _requests(token: bytes, rng: random.Random) -> list[bytes]:
         m.UnpinRequest(1, blob),
         m.EvictRequest(1, 0, blob, True),
         m.TouchRequest(1, blob),
-        m.DoneRequest(1, blob),
+        m.DoneRequest(1, blob, 0),
         m.PrefetchRequest(1, blob),
         m.PersistRequest(1, blob),
         m.StatusRequest(),

@@ -39,7 +39,7 @@ names = st.text(max_size=50)
 sizes = st.integers(9, m.U31_MAX)
 
 BLOB_REQUESTS = (
-    *(m.LookupRequest, m.PinRequest, m.UnpinRequest, m.TouchRequest, m.DoneRequest, m.PrefetchRequest),
+    *(m.LookupRequest, m.PinRequest, m.UnpinRequest, m.TouchRequest, m.PrefetchRequest),
     m.PersistRequest,
 )
 COUNT_REPLIES = (m.CommitReply, m.PinReply, m.UnpinReply, m.TouchReply, m.DoneReply, m.ExpectReply)
@@ -60,6 +60,7 @@ requests = st.one_of(
     st.builds(m.ReportRequest, *[st.integers(0, m.REPORTED_MAX)] * 5),
     st.builds(m.RecordRequest, u63, st.integers(1, m.RECORD_MS_MAX), u63),
     st.just(m.RecordedRequest()),
+    st.builds(m.DoneRequest, u63, blobs, st.integers(0, m.U31_MAX)),
     st.builds(m.ExpectRequest, u63, blobs, st.integers(1, m.EXPECT_MS_MAX)),
     st.builds(m.PinnedRequest, st.integers(0, m.U63_MAX), st.text(max_size=m.REFUSED_CHARS_MAX)),
     st.builds(m.ExplainRequest, u63, st.binary(min_size=16, max_size=32)),

@@ -113,7 +113,7 @@ def test_books_are_right_whatever_happens(data: st.DataObject) -> None:
         elif action == "lease":
             cache.leased = set(rows)
         elif action == "done":
-            cache.policy.demote(rows)
+            cache.policy.demote(rows[::-1])
         else:
             cache.now += data.draw(st.sampled_from((0.1, 30.0, 4000.0, 8000.0)))
         cache.check()
@@ -167,7 +167,7 @@ def test_finished_conversation_goes_first() -> None:
     cache = Cache(70)
     converse(cache)
     rows = list(cache.index.walk(names("talk", 62)))
-    cache.policy.demote(rows)
+    cache.policy.demote(rows[::-1])
     assert cache.policy.victim(cache.evictable) == rows[-1]
     assert cache.policy.coldest(1) == [rows[-1]]
     explained = cache.policy.explain(names("talk", 1)[0], 600.0)

@@ -235,7 +235,7 @@ def test_finished_conversation_goes_first() -> None:
     other = chain(tree, 1, prefix[-1])
     tree.request(prefix[-1])
     finished = chain(tree, 2, prefix[-1])
-    tree.policy.demote(tree.path(finished[-1]))
+    tree.policy.demote(finished[::-1])
     tree.check()
     order = drained(tree)
     assert order[:2] == finished[::-1]

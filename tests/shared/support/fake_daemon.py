@@ -505,7 +505,7 @@ class FakeDaemon:
 
     def _done(self, token: bytes, request: m.DoneRequest) -> m.Reply:
         space, hashes = self._hashes(request)
-        return m.DoneReply(len(space.leading(hashes)))
+        return m.DoneReply(len(space.leading(hashes)[request.keep :]))
 
     def _expect(self, token: bytes, request: m.ExpectRequest) -> m.Reply:
         space, hashes = self._hashes(request)
