@@ -4,6 +4,7 @@
 """
 
 from forebay.client.aio import AsyncClient, AsyncLease, AsyncReservation
+from forebay.client.hints import Hints
 from forebay.client.namespaces import Namespace
 from forebay.client.options import ClientOptions
 from forebay.client.results import (
@@ -34,6 +35,7 @@ __all__ = [
     "ClientStats",
     "EvictScope",
     "FetchResult",
+    "Hints",
     "Lease",
     "LookupResult",
     "Namespace",

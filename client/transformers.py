@@ -26,6 +26,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from forebay.client.copier import LEGACY_STREAM
+from forebay.client.hints import NO_HINTS, HintClient, Hints, tell
 from forebay.client.results import FetchResult, LookupResult, StoreResult
 from forebay.client.segments import SegmentTable
 from forebay.kvstore.errors import ForebayError, LayoutError
@@ -88,7 +89,7 @@ class UnsupportedModel(LayoutError):
     """The model's KV cache cannot be kept in blocks of tokens; the text says which part cannot."""
 
 
-class CacheClient(Protocol):
+class CacheClient(HintClient, Protocol):
     """What `PrefixCache` asks of a client; `forebay.client.Client` is one."""
 
     def open_namespace(self, spec: NamespaceSpec) -> Any: ...
@@ -199,11 +200,12 @@ class PrefixCache:
         self._hasher = PrefixHasher(self.spec)
         self._ns: Any = None
 
-    def generate(self, input_ids: Any, **generate_kwargs: Any) -> tuple[Any, Report]:
+    def generate(self, input_ids: Any, *, hints: Hints = NO_HINTS, **generate_kwargs: Any) -> tuple[Any, Report]:
         """`model.generate` with the prompt's stored prefix restored first and new blocks stored after.
 
         Args:
             input_ids: int64 (1, tokens).
+            hints: what the caller knows of the prompt and its answer: told to the daemon when both are stored.
             generate_kwargs: passed on to `model.generate`.
         Returns:
             What `model.generate` returns, and a report. Errors of the client never surface here; those of
@@ -220,7 +222,10 @@ class PrefixCache:
         cache = self._restore(hashes[: (len(prompt) - 1) // self.spec.block_tokens], report)
         output = self._run(input_ids, {**generate_kwargs, CACHE_ARGUMENT: cache}, report, begun)
         sequence = _sequences(output)[0].tolist()
-        self._store(cache, sequence, hashes, report)
+        hashes = self._store(cache, sequence, hashes, report)
+        if hints and hashes and self._ns is not None:
+            told = tell(self._client, self._ns, hashes, hints, hints.keep_tokens // self.spec.block_tokens)
+            report.failure = report.failure if told else "hints: not told"
         return output, report
 
     def _bypass_reason(self, input_ids: Any, kwargs: Mapping[str, Any]) -> str:
@@ -287,14 +292,17 @@ class PrefixCache:
             except ForebayError as error:
                 report.failure = report.failure or f"report: {type(error).__name__}: {error}"
 
-    def _store(self, cache: Any, sequence: list[int], hashes: list[bytes], report: Report) -> None:
-        """Offer all whole blocks of `cache`; the daemon says which of them it lacks, only those are copied."""
+    def _store(self, cache: Any, sequence: list[int], hashes: list[bytes], report: Report) -> list[bytes]:
+        """Offer all whole blocks of `cache`; the daemon says which of them it lacks, only those are copied.
+
+        `hashes` are the prompt's; returns those of all of them.
+        """
         tokens = sequence[: cache.get_seq_length()]
         known = len(hashes) * self.spec.block_tokens
         hashes = hashes + self._hasher.hashes(tokens[known:], parent=hashes[-1] if hashes else b"")
         hashes = hashes[: len(tokens) // self.spec.block_tokens]
         if not hashes or not self._attached(report):
-            return
+            return hashes
         begun = time.perf_counter()
         try:
             planes = [plane for layer in cache.layers for plane in (layer.keys, layer.values)]
@@ -307,6 +315,7 @@ class PrefixCache:
             report.failure = f"store: {type(error).__name__}: {error}"
         report.stored_bytes = report.stored_blocks * self.spec.block_bytes
         report.store_s = time.perf_counter() - begun
+        return hashes
 
     def _stream(self) -> int:
         """The CUDA stream that the model runs on, by handle."""

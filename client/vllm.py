@@ -129,7 +129,7 @@ class ForebayConnector(KVConnectorBase_V1, SupportsHMA):
 
     def build_connector_meta(self, scheduler_output: Any) -> ForebayMetadata:
         work = self._planning.step(scheduler_output)
-        return ForebayMetadata(work.loads, work.stores, work.fresh, work.reset, work.prefill)
+        return ForebayMetadata(work.loads, work.stores, work.fresh, work.reset, work.prefill, work.endings)
 
     def update_connector_output(self, connector_output: Any) -> None:
         self._planning.loaded(connector_output.finished_recving or ())
@@ -142,6 +142,7 @@ class ForebayConnector(KVConnectorBase_V1, SupportsHMA):
         return engine_events(told)
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        self._planning.ending(request)
         self._planning.finished(str(request.request_id))
         return False, None
 
@@ -219,7 +220,8 @@ class ForebayConnector(KVConnectorBase_V1, SupportsHMA):
         return ForebayEvents(notices) if self._tells and notices else None
 
     def get_kv_connector_stats(self) -> ForebayStats | None:
-        counts = self._worker.take_counts() if self._worker is not None else {}
+        half = self._worker or self._scheduler
+        counts = half.take_counts() if half is not None else {}
         return ForebayStats(data=dict(counts)) if counts else None
 
     def shutdown(self) -> None:

@@ -20,10 +20,11 @@ from dataclasses import dataclass, field
 from math import lcm
 from typing import Any
 
+from forebay.client.hints import HintReader
 from forebay.client.vllm_backlog import EngineBacklog, prefill_of
 from forebay.client.vllm_layout import Geometry
 from forebay.client.vllm_leases import Chain, LeaseDesk, Question
-from forebay.client.vllm_work import Load, Part, StepWork, Store
+from forebay.client.vllm_work import Ending, Load, Part, StepWork, Store
 
 
 @dataclass(slots=True)
@@ -90,6 +91,9 @@ class VllmScheduler:
         self._fresh: set[int] = set()
         self._reset = ""
         self._backlog = EngineBacklog()
+        self._hints = HintReader()
+        self._endings: list[Ending] = []
+        self._counted = 0
 
     @property
     def open_leases(self) -> int:
@@ -191,8 +195,10 @@ class VllmScheduler:
         self._take_progress(output.num_scheduled_tokens, computed)
         stores = self._stores(output.num_scheduled_tokens, computed) if self._stores_on else ()
         prefill = prefill_of(output.num_scheduled_tokens, computed)
-        work = StepWork(tuple(self._loads), tuple(stores), frozenset(self._fresh), self._reset, prefill)
-        self._loads, self._fresh, self._wait_left_s = [], set(), self._wait_s
+        work = StepWork(
+            tuple(self._loads), tuple(stores), frozenset(self._fresh), self._reset, prefill, tuple(self._endings)
+        )
+        self._loads, self._fresh, self._endings, self._wait_left_s = [], set(), [], self._wait_s
         return work
 
     def loaded(self, request_ids: Iterable[str]) -> None:
@@ -207,10 +213,32 @@ class VllmScheduler:
         self._promised.pop(request_id, None)
         self._tracked.pop(request_id, None)
 
+    def ending(self, request: Any) -> None:
+        """A request is about to be `finished`: what its caller knows goes to the workers, behind its last stores.
+
+        Of one that was aborted nothing is told: whoever asked may ask again.
+        """
+        hints = self._hints.read(getattr(request, "kv_transfer_params", None))
+        if not hints or getattr(getattr(request, "status", None), "name", "") not in _ANSWERED:
+            return
+        for group, geometry in enumerate(self._geometries):
+            size = geometry.block_tokens
+            names = geometry.names_of(request.block_hashes, 0, int(request.num_tokens) // size)
+            names = names[geometry.needed_from(len(names) * size) // size :]
+            if names:
+                self._endings.append(Ending(group, tuple(names), hints, hints.keep_tokens // size))
+
+    def take_counts(self) -> dict[str, float]:
+        """What happened since it was last asked."""
+        ignored = self._hints.ignored - self._counted
+        self._counted += ignored
+        return {"ignored_hints": ignored} if ignored else {}
+
     def reset(self, namespaces_of: Callable[[str], Sequence[Any]]) -> None:
         """Its weights may have changed: from now on this engine uses a namespace that no other has."""
         self._reset = secrets.token_hex(8)
         self._namespaces = namespaces_of(self._reset)
+        self._endings = []
         for id_ in list(self._asked):
             self._forget_question(id_)
         for tracked in self._tracked.values():
@@ -298,6 +326,10 @@ def _computed(output: Any) -> dict[str, int]:
     cached = output.scheduled_cached_reqs
     computed.update(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
     return computed
+
+
+_ANSWERED = ("FINISHED_STOPPED", "FINISHED_LENGTH_CAPPED", "FINISHED_REPETITION")
+"""Names of vLLM's statuses of requests that came to their end."""
 
 
 def _parts(question: Question, block_ids: Sequence[Sequence[int]], end: int) -> Iterable[Part]:

@@ -25,6 +25,8 @@ SERIES = {
     "rejected_blocks": "Blocks offered and not stored: no room, or no daemon.",
     "revoked_blocks": "Blocks that the engine needed back before they were copied.",
     "dropped_blocks": "Blocks not offered because too many stores were waiting.",
+    "told_hints": "Hints of ended requests that the daemon was told, for each cache group.",
+    "ignored_hints": "Hints in requests that were wrong, and ignored.",
     "store_errors": "Stores that ended by an error.",
 }
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from forebay.client.hints import Hints
+
 
 @dataclass(frozen=True, slots=True)
 class Part:
@@ -55,10 +57,25 @@ class Prefill:
 
 
 @dataclass(frozen=True, slots=True)
+class Ending:
+    """What is known of a request that has ended, to be told of its blocks of one cache group when they are stored.
+
+    Attributes:
+        keep: leading blocks of the prompt that others begin with too.
+    """
+
+    group: int
+    hashes: tuple[bytes, ...]
+    hints: Hints
+    keep: int
+
+
+@dataclass(frozen=True, slots=True)
 class StepWork:
     """One step's work.
 
     Attributes:
+        endings: of requests all stores of which were given to the workers in earlier steps.
         fresh: block ids that this step may overwrite: what is still being copied out of them counts no more.
         reset: names the private namespace after the engine's caches were reset; empty before that.
         prefill: what nearly all of the step's time will be that of; None where it is of no one prompt.
@@ -69,3 +86,4 @@ class StepWork:
     fresh: frozenset[int] = frozenset()
     reset: str = ""
     prefill: Prefill | None = None
+    endings: tuple[Ending, ...] = ()

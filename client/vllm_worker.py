@@ -19,10 +19,11 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from forebay.client.hints import HintClient, tell
 from forebay.client.results import BlockOutcome, FetchResult, RemovalResult
 from forebay.client.segments import SegmentTable
 from forebay.client.vllm_ledger import Notice
-from forebay.client.vllm_work import Load, Part, StepWork, Store
+from forebay.client.vllm_work import Ending, Load, Part, StepWork, Store
 from forebay.kvstore.errors import Timeout
 from forebay.transports.messages import EvictScope
 
@@ -49,7 +50,7 @@ LOST = frozenset(("miss", "stale", "corrupt", "failed", "peer_lost"))
 _log = logging.getLogger("forebay.client")
 
 
-class BlockClient(Protocol):
+class BlockClient(HintClient, Protocol):
     """What this side asks of a client; `forebay.client.Client` is one."""
 
     def fetch(
@@ -83,6 +84,14 @@ class _StoreJob:
     blocks: frozenset[int]
     revoked: bool = False
     copied: threading.Event = field(default_factory=threading.Event)
+
+
+@dataclass(frozen=True, slots=True)
+class _Told:
+    """What is to be told once all that came before it is stored."""
+
+    ending: Ending
+    ns: Any
 
 
 class Counts:
@@ -139,7 +148,7 @@ class VllmWorker:
         self._counts = Counts()
         self._late = threading.Event()
         self._loaders = ThreadPoolExecutor(LOAD_THREADS, "forebay-load")
-        self._queue: queue.SimpleQueue[_StoreJob | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[_StoreJob | _Told | None] = queue.SimpleQueue()
         self._storer = threading.Thread(target=self._run_stores, name="forebay-store", daemon=True)
         self._storer.start()
         self._closed = False
@@ -176,6 +185,7 @@ class VllmWorker:
         self._work = work
         if work.reset != self._reset:
             self._reset, self._namespaces = work.reset, self._namespaces_of(work.reset)
+        self._queue_endings()
         if not work.fresh:
             return
         with self._lock:
@@ -184,6 +194,12 @@ class VllmWorker:
         for job in touched:
             if not job.copied.wait(max(0.0, deadline - time.monotonic())):
                 job.revoked = True
+
+    def _queue_endings(self) -> None:
+        """One rank tells for all: the daemon knows the others' shards of its blocks."""
+        if self._rank == 0 and self._queue.qsize() < STORE_JOBS_MAX and not self._closed:
+            for ending in self._work.endings:
+                self._queue.put(_Told(ending, self._namespaces[ending.group]))
 
     def start_loads(self, ready: Callable[[], object]) -> None:
         """`ready` returns when the device has done what it was given so far: it may still use the loads' blocks."""
@@ -319,6 +335,9 @@ class VllmWorker:
 
     def _run_stores(self) -> None:
         while (job := self._queue.get()) is not None:
+            if isinstance(job, _Told):
+                self._tell_ending(job)
+                continue
             begun = time.perf_counter()
             try:
                 self._store(job)
@@ -330,6 +349,13 @@ class VllmWorker:
                 with self._lock:
                     self._jobs.discard(job)
                 self._counts.add(stores=1, store_seconds=time.perf_counter() - begun)
+
+    def _tell_ending(self, told: _Told) -> None:
+        ending = told.ending
+        try:
+            self._counts.add(told_hints=tell(self._client, told.ns, ending.hashes, ending.hints, ending.keep))
+        except Exception as error:  # noqa: BLE001  # stores must go on
+            _log.warning("a hint was not told: %s: %s", type(error).__name__, error)
 
     def _store(self, job: _StoreJob) -> None:
         if not job.revoked:

@@ -211,6 +211,11 @@ FAMILIES: tuple[Family, ...] = (
     _core("aborted_blocks", "Blocks reserved and given back unwritten"),
     _core("evicted_blocks", "Blocks dropped for space: no tier has them any more"),
     _core("removed_blocks", "Blocks dropped on request"),
+    _core("done_hints", "Hints that a conversation is over"),
+    _core("done_blocks", "Blocks that went first by them"),
+    _core("expect_hints", "Hints that a conversation will go on soon"),
+    _core("expected_blocks", "Blocks kept by them"),
+    _core("unexpected_blocks", "Blocks not kept although hinted at: beyond the share that hints may keep"),
     # Tiers
     _tier_memory("up", "1 while the tier works"),
     _tier("capacity_bytes", "Hard cap of the tier"),

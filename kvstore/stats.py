@@ -86,6 +86,11 @@ class Counters:
     restored_blocks: int = 0
     restored_dropped_blocks: int = 0
     removed_blocks: int = 0
+    done_hints: int = 0
+    done_blocks: int = 0
+    expect_hints: int = 0
+    expected_blocks: int = 0
+    unexpected_blocks: int = 0
     expired_leases: int = 0
     expired_reservations: int = 0
     sessions_opened: int = 0

@@ -463,7 +463,10 @@ class Store:
         Returns how many blocks go first. Those that are still being written will, and count.
         """
         group = self.shard(session_id, ns).group
-        return group.end_chain(group.index.deepest(hashes), keep)
+        blocks = group.end_chain(group.index.deepest(hashes), keep)
+        self.counters.done_hints += 1
+        self.counters.done_blocks += blocks
+        return blocks
 
     def expect(self, session_id: int, ns: int, hashes: Sequence[bytes], within_s: float, now: float) -> int:
         """Hint: these blocks will be asked for within so long; the leading ones stay in memory until then.
@@ -472,7 +475,11 @@ class Store:
         no other room ends that, and so does no session.
         """
         group = self.shard(session_id, ns).group
-        kept = group.expect(group.index.walk(hashes), now + within_s)
+        rows = group.index.walk(hashes)
+        kept = group.expect(rows, now + within_s)
+        self.counters.expect_hints += 1
+        self.counters.expected_blocks += kept
+        self.counters.unexpected_blocks += len(rows) - kept
         if kept:
             self._await_expected(ns, group)
         return kept

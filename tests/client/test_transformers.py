@@ -15,6 +15,7 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
 from forebay.client.copier import CopyPlan, NumpyCopier  # noqa: E402
+from forebay.client.hints import Hints  # noqa: E402
 from forebay.client.results import BlockOutcome, FetchResult, LookupResult, StoreResult  # noqa: E402
 from forebay.client.segments import SegmentTable  # noqa: E402
 from forebay.client.transformers import (  # noqa: E402
@@ -44,6 +45,7 @@ class DictClient:
         self.errors: dict[str, ForebayError] = {}
         self.reports: list[tuple[int, int, float]] = []
         self.advice: int | None = None
+        self.hinted: list[tuple[int, float]] = []
 
     def open_namespace(self, spec: NamespaceSpec) -> Any:
         self._maybe_raise("open_namespace")
@@ -78,6 +80,15 @@ class DictClient:
                 codes[block] = BlockOutcome.STORED
         new = codes.count(BlockOutcome.STORED)
         return StoreResult(bytes(codes), new, new * ns.block_bytes)
+
+    def done(self, ns: Any, hashes: Sequence[bytes], keep: int = 0) -> int:
+        self._maybe_raise("done")
+        self.hinted.append((self._present(ns, hashes), keep))
+        return len(hashes)
+
+    def expect(self, ns: Any, hashes: Sequence[bytes], within_s: float) -> int:
+        self.hinted.append((self._present(ns, hashes), within_s))
+        return len(hashes)
 
     def report_prefill(self, tokens: int, depth_tokens: int, seconds: float) -> bool:
         self._maybe_raise("report_prefill")
@@ -151,6 +162,18 @@ def test_what_is_not_worth_loading_is_computed_and_not_stored_again(
         output, report = cached(cache, ids)
         assert output == plain(model, ids)
         assert (report.restored_blocks, report.stored_blocks) == (client.advice, 0)
+
+
+def test_hints_are_told_of_prompt_and_answer_when_both_are_stored(cache: PrefixCache, client: DictClient) -> None:
+    tokens = prompt_of(40)
+    _, report = cache.generate(tokens, hints=Hints(done=True, keep_tokens=2 * BLOCK + 3), **GREEDY)
+    whole = (report.prompt_tokens + report.generated_tokens - 1) // BLOCK
+    assert whole > 40 // BLOCK
+    cache.generate(tokens, hints=Hints(expect_s=20.0), **GREEDY)
+    assert client.hinted == [(whole, 2), (whole, 20.0)]
+    client.errors["done"] = PeerLost("gone")
+    _, report = cache.generate(tokens, hints=Hints(done=True), **GREEDY)
+    assert report.failure == "hints: not told"
 
 
 def test_the_daemon_is_told_how_long_the_prefill_took(cache: PrefixCache, client: DictClient) -> None:

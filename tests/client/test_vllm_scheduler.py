@@ -471,3 +471,49 @@ def test_a_step_that_one_prompt_fills_is_told_as_its_prefill(rig: Rig) -> None:
     assert rig.scheduler.uncomputed == 0
     assert rig.scheduler.step(step_of(cached=[("r", None, 20 * BLOCK, False)], r=1)).prefill is None
     rig.scheduler.finished("r")
+
+
+def ended(tokens: int, params: Any, status: str = "FINISHED_STOPPED") -> Any:
+    request = request_of(tokens)
+    request.kv_transfer_params, request.status = params, SimpleNamespace(name=status)
+    return request
+
+
+def test_what_the_caller_knows_goes_behind_the_last_stores(rig: Rig) -> None:
+    """Told once, with the names of prompt and answer; blocks that others begin with are counted in whole ones."""
+    request = ended(4 * BLOCK + 5, {"forebay": {"done": True, "keep_tokens": 2 * BLOCK + 1}})
+    rig.scheduler.ending(request)
+    (ending,) = rig.scheduler.step(step_of()).endings
+    assert (ending.group, ending.hashes, ending.keep) == (0, tuple(request.block_hashes), 2)
+    assert ending.hints.done
+    assert rig.scheduler.step(step_of()) == StepWork()
+
+
+@pytest.mark.parametrize("status", ["FINISHED_ABORTED", "FINISHED_ERROR", "FINISHED_IGNORED"])
+def test_of_a_request_that_did_not_end_by_itself_nothing_is_told(rig: Rig, status: str) -> None:
+    rig.scheduler.ending(ended(4 * BLOCK, {"forebay": {"done": True}}, status))
+    assert rig.scheduler.step(step_of()) == StepWork()
+
+
+def test_wrong_hints_are_counted_and_requests_without_any_are_not(rig: Rig) -> None:
+    rig.scheduler.ending(request_of(4 * BLOCK))
+    assert rig.scheduler.take_counts() == {}
+    rig.scheduler.ending(ended(4 * BLOCK, {"forebay": {"done": "perhaps"}}))
+    assert rig.scheduler.step(step_of()) == StepWork()
+    assert (rig.scheduler.take_counts(), rig.scheduler.take_counts()) == ({"ignored_hints": 1}, {})
+
+
+def test_hints_are_about_what_each_group_needs_to_go_on() -> None:
+    """Of a window the last blocks alone."""
+    window = Geometry(("b",), (64,), BLOCK, 1, ("x",), False, 2 * BLOCK)
+    rig = Rig(groups=(GEOMETRY, window))
+    rig.scheduler.ending(ended(6 * BLOCK, {"forebay": {"expect_s": 3}}))
+    endings = rig.scheduler.step(step_of()).endings
+    assert [(ending.group, len(ending.hashes)) for ending in endings] == [(0, 6), (1, 2)]
+    rig.scheduler.close()
+
+
+def test_hints_are_not_told_of_caches_that_were_reset(rig: Rig) -> None:
+    rig.scheduler.ending(ended(4 * BLOCK, {"forebay": {"done": True}}))
+    rig.scheduler.reset(lambda reset: ["private"])
+    assert rig.scheduler.step(step_of()).endings == ()

@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 from forebay.client import Client
 from forebay.client.copier import NumpyCopier
 from forebay.client.device_copier import DeviceCopier
+from forebay.client.hints import Hints
 from forebay.client.results import BlockOutcome, FetchResult, RemovalResult
 from forebay.client.segments import SegmentTable
 from forebay.client.vllm_ledger import Notice
-from forebay.client.vllm_work import Load, Part, StepWork, Store
+from forebay.client.vllm_work import Ending, Load, Part, StepWork, Store
 from forebay.client.vllm_worker import STORE_PART_BLOCKS, VllmWorker, wait_for
 from forebay.kvstore.errors import Timeout
 from forebay.kvstore.namespace import NamespaceSpec
@@ -72,6 +73,17 @@ class FakeClient:
         self.on_gather: Callable[[], None] = lambda: None
         self.broken = False
         self.failing: Sequence[int] = ()
+        self.hinted: list[tuple[Any, int, int]] = []
+
+    def done(self, ns: Any, hashes: Sequence[bytes], keep: int = 0) -> int:
+        """Notes the namespace, how many of the blocks are there, and what is kept."""
+        if self.broken:
+            raise RuntimeError("a bug in a client")
+        self.hinted.append((ns.group, sum(name in self.blocks for name in hashes), keep))
+        return len(hashes)
+
+    def expect(self, ns: Any, hashes: Sequence[bytes], within_s: float) -> int:
+        return len(hashes)
 
     def outcome(self, name: bytes) -> BlockOutcome:
         if name in self.refused:
@@ -109,11 +121,11 @@ def names(first: int, last: int) -> tuple[bytes, ...]:
 
 
 class Rig:
-    def __init__(self, groups: int = 1) -> None:
+    def __init__(self, groups: int = 1, rank: int = 0) -> None:
         self.client, self.groups = FakeClient(), groups
         self.opened: list[str] = []
         self.kv = np.random.default_rng(0).integers(0, 256, (BLOCKS, BLOCK_BYTES)).astype(np.uint8)
-        self.worker = VllmWorker(self.client, self.namespaces, [BLOCK_BYTES] * groups)
+        self.worker = VllmWorker(self.client, self.namespaces, [BLOCK_BYTES] * groups, rank)
         self.worker.register([SegmentTable.of(self.kv)] * groups)
 
     def namespaces(self, reset: str) -> list[Any]:
@@ -397,6 +409,39 @@ def test_what_is_stored_and_what_is_missing_is_told(rig: Rig) -> None:
     rig.step(loads=(Load("q", (Part(0, names(7, 9), (30, 31)),)),))
     rig.loaded()
     assert rig.worker.take_notices() == []
+
+
+def ending(group: int = 0) -> Ending:
+    return Ending(group, names(0, 3), Hints(done=True), 1)
+
+
+def test_hints_are_told_when_what_came_before_is_stored() -> None:
+    rig = Rig(groups=2)
+    release = threading.Event()
+    rig.step(lambda: release.wait(5.0), stores=(Store("r", 1, b"", names(0, 3), (0, 1, 2)),))
+    rig.step(endings=(ending(1),))
+    assert rig.client.hinted == []
+    release.set()
+    eventually(lambda: bool(rig.client.hinted), "the hint is told")
+    assert rig.client.hinted == [(1, 3, 1)]
+    rig.worker.close()
+    assert rig.worker.take_counts()["told_hints"] == 1
+
+
+def test_one_rank_tells_hints_for_all() -> None:
+    rig = Rig(rank=1)
+    rig.step(endings=(ending(),))
+    rig.worker.close()
+    assert rig.client.hinted == []
+
+
+def test_a_bug_in_telling_does_not_end_the_stores_to_come(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
+    rig.client.broken = True
+    rig.step(endings=(ending(),))
+    rig.step(stores=(Store("r", 0, b"", names(0, 1), (0,)),))
+    rig.settle()
+    assert "a hint was not told: RuntimeError" in caplog.text
+    assert names(0, 1)[0] in rig.client.blocks
 
 
 def test_close_stores_what_was_given(rig: Rig) -> None:

@@ -278,6 +278,19 @@ def test_events_tell_of_every_block_that_was_stored(model: Path, daemon: LiveDae
     assert told <= on_gpu
 
 
+def test_hints_of_a_request_reach_the_daemon_when_its_blocks_are_stored(
+    model: Path, daemon: LiveDaemon, expected: list[list[int]]
+) -> None:
+    """The engine tells with its next step; what is wrong changes nothing."""
+    with engine(model, daemon.runtime_dir) as first, Client(daemon.runtime_dir, strict=True) as client:
+        assert first.ask(PROMPTS[:1], hints={"done": True}) == expected[:1]
+        first.ask([prompt_of(9)], hints={"done": "perhaps"})
+        first.ask([prompt_of(10)])
+        first.settle()
+        eventually(lambda: client.status()["store"]["counters"]["done_hints"] == 1, "the daemon was told")
+        assert first.scheduler.connector._planning._hints.ignored == 1
+
+
 def test_many_mixed_requests_with_aborts_leave_nothing_behind(model: Path, daemon: LiveDaemon) -> None:
     from vllm import SamplingParams
 

@@ -77,8 +77,17 @@ class Engine:
 
         return get_kv_transfer_group()._moving
 
-    def ask(self, prompts: Sequence[Sequence[int]], tokens: int = 16, salts: Sequence[str] = ()) -> list[list[int]]:
-        parameters = SamplingParams(temperature=0, max_tokens=tokens, detokenize=False, ignore_eos=True)
+    def ask(
+        self,
+        prompts: Sequence[Sequence[int]],
+        tokens: int = 16,
+        salts: Sequence[str] = (),
+        hints: dict[str, object] | None = None,
+    ) -> list[list[int]]:
+        extra = {"kv_transfer_params": {"forebay": hints}} if hints else None
+        parameters = SamplingParams(
+            temperature=0, max_tokens=tokens, detokenize=False, ignore_eos=True, extra_args=extra
+        )
         inputs: list[Any] = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
         for entry, salt in zip(inputs, salts):
             entry["cache_salt"] = salt

@@ -66,6 +66,8 @@ def test_every_counter_counts() -> None:
     world.acquire(chain("a", 3), ttl_s=5.0)
     world.write(chain("c", 2))
     world.hits(chain("a", 4))
+    world.store.expect(1, world.ns, chain("a", 3), 1.0, world.now)
+    world.store.done(1, world.ns, chain("a", 3))
     world.at(100.0)
     world.store.close_session(1)
     world.write(chain("d", 4), session=2)
@@ -90,6 +92,11 @@ def test_every_counter_counts() -> None:
         "rejected_draining_blocks": 1,
         "evicted_blocks": 3,
         "removed_blocks": 4,
+        "done_hints": 1,
+        "done_blocks": 3,
+        "expect_hints": 1,
+        "expected_blocks": 1,
+        "unexpected_blocks": 2,
         "expired_leases": 1,
         "expired_reservations": 1,
         "sessions_opened": 2,
