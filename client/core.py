@@ -40,6 +40,7 @@ from forebay.client.results import (
 )
 from forebay.client.segments import Addresses, SegmentTable
 from forebay.kvstore.errors import BadRequest, ForebayError, Internal, PeerError, PeerLost, UnknownSession
+from forebay.kvstore.eviction import PRIORITY_MAX
 from forebay.kvstore.planner import Backlog
 from forebay.transports.messages import (
     EXPECT_MS_MAX,
@@ -222,6 +223,7 @@ class Transfer:
     table: SegmentTable
     block_ids: Addresses
     stream: int | None
+    priority: int = 0
 
 
 def transfer(
@@ -353,6 +355,13 @@ def done(attachment: Attachment, ns: Namespace, hashes: Sequence[bytes], keep: i
     blob = b"".join(hashes[-attachment.hashes_max(ns) :])
     reply = yield from call(DoneRequest(handle.ns, blob, keep), DoneReply)
     return reply.count
+
+
+def checked_priority(priority: int) -> int:
+    """Raises BadRequest unless it is one."""
+    if type(priority) is not int or not 0 <= priority <= PRIORITY_MAX:
+        raise BadRequest(f"priority must be from 0 to {PRIORITY_MAX}, not {priority}")
+    return priority
 
 
 def kept_blocks(keep: int) -> int:
@@ -733,9 +742,11 @@ class Grant:
     places: Places
 
 
-def reserve(attachment: Attachment, ns: Namespace, parent: bytes, hashes: Sequence[bytes]) -> Steps[Grant]:
+def reserve(
+    attachment: Attachment, ns: Namespace, parent: bytes, hashes: Sequence[bytes], priority: int = 0
+) -> Steps[Grant]:
     handle = yield from open_namespace(attachment, ns)
-    reply = yield from call(ReserveRequest(handle.ns, parent, b"".join(hashes)), ReserveReply)
+    reply = yield from call(ReserveRequest(handle.ns, parent, b"".join(hashes), priority), ReserveReply)
     return (yield from _granted(attachment, handle, reply, len(hashes)))
 
 
@@ -912,7 +923,8 @@ class _Store:
         )
 
     def _reserve(self, first: int) -> ReserveRequest:
-        return ReserveRequest(self._handle.ns, self._parent, b"".join(self._work.hashes[first : first + self._size]))
+        part = b"".join(self._work.hashes[first : first + self._size])
+        return ReserveRequest(self._handle.ns, self._parent, part, self._work.priority)
 
     def _exchange(self, request: Request | None) -> Steps[Reply | ForebayError | None]:
         """Commit what has been written, if anything, and ask for something else, if anything."""

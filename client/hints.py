@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from forebay.client.core import kept_blocks, within_ms
+from forebay.client.core import checked_priority, kept_blocks, within_ms
 from forebay.kvstore.errors import BadRequest, ForebayError
 
 KEY = "forebay"
@@ -28,19 +28,24 @@ class Hints:
     done: nobody will continue the prompt and its answer.
     keep_tokens: of a prompt that is done, so many leading tokens are what other prompts begin with too.
     expect_s: within so long it will be continued; 0: nothing is known of that.
+    priority: that its blocks are stored with, 0 to 3.
     """
 
     done: bool = False
     keep_tokens: int = 0
     expect_s: float = 0.0
+    priority: int = 0
 
-    def __bool__(self) -> bool:
+    @property
+    def has_ending(self) -> bool:
+        """There is something to `tell` once the request has ended."""
         return self.done or self.expect_s > 0
 
     def __post_init__(self) -> None:
         if type(self.done) is not bool:
             raise BadRequest(f"done is true or false, not {self.done!r}")
         kept_blocks(self.keep_tokens)
+        checked_priority(self.priority)
         if isinstance(self.expect_s, bool) or not isinstance(self.expect_s, int | float):
             raise BadRequest(f"expect_s is a number of seconds, not {self.expect_s!r}")
         if self.expect_s:

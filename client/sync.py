@@ -12,7 +12,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
@@ -225,10 +225,14 @@ class Client:
 
     # Writing
 
-    def reserve(self, ns: Namespace, hashes: Sequence[bytes], parent: bytes = b"") -> Reservation:
-        """Take slots for blocks that continue `parent`, to write them in place; use it in a `with`."""
+    def reserve(self, ns: Namespace, hashes: Sequence[bytes], parent: bytes = b"", *, priority: int = 0) -> Reservation:
+        """Take slots for blocks that continue `parent`, to write them in place; use it in a `with`.
+
+        `priority` is that of `store`.
+        """
         ns.check_hashes(hashes)
-        tried = self._try(lambda attachment: core.reserve(attachment, ns, parent, hashes), keep=True)
+        priority = core.checked_priority(priority)
+        tried = self._try(lambda attachment: core.reserve(attachment, ns, parent, hashes, priority), keep=True)
         return Reservation(tried.value or nothing_granted(ns, len(hashes)), tried.link, self)
 
     def store(
@@ -239,6 +243,7 @@ class Client:
         block_ids: Iterable[int] | None = None,
         *,
         parent: bytes = b"",
+        priority: int = 0,
         stream: int | None = LEGACY_STREAM,
     ) -> StoreResult:
         """Store the blocks of a chain that are not stored yet; the result has each block's outcome.
@@ -248,12 +253,15 @@ class Client:
             source: a SegmentTable, or an array, tensor or list of them with blocks on axis 0. It must not change
                 until the call returns.
             block_ids: where in it each block lies; None: 0, 1, 2, ...
+            priority: 0 to 3: the blocks stay in memory as if a hit on them were worth 4 ** priority hits. Blocks of any
+                priority are a quarter of it at most, the rest has 0; for what is here already nothing changes.
             stream: of blocks in a GPU's memory: the CUDA stream that writes them, as for `fetch`.
         Raises:
             LayoutError, BadRequest: the memory, the ids or the hashes do not fit the namespace.
         Blocking: a round trip and the copy per batch of at most 256 MiB or 256 blocks, and one more.
         """
         work = core.transfer(ns, hashes, source, block_ids, writable=False, stream=stream)
+        work = replace(work, priority=core.checked_priority(priority))
         strict, sums = self.options.strict, self.options.checksum_stores
         tried = self._try(lambda attachment: core.store(attachment, work, parent, strict=strict, with_checksums=sums))
         if tried.value is None:

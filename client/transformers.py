@@ -101,7 +101,13 @@ class CacheClient(HintClient, Protocol):
     ) -> FetchResult: ...
 
     def store(
-        self, ns: Any, hashes: Sequence[bytes], source: SegmentTable, *, stream: int | None = LEGACY_STREAM
+        self,
+        ns: Any,
+        hashes: Sequence[bytes],
+        source: SegmentTable,
+        *,
+        priority: int = 0,
+        stream: int | None = LEGACY_STREAM,
     ) -> StoreResult: ...
 
     def prepare(self, device: int) -> None:
@@ -222,8 +228,8 @@ class PrefixCache:
         cache = self._restore(hashes[: (len(prompt) - 1) // self.spec.block_tokens], report)
         output = self._run(input_ids, {**generate_kwargs, CACHE_ARGUMENT: cache}, report, begun)
         sequence = _sequences(output)[0].tolist()
-        hashes = self._store(cache, sequence, hashes, report)
-        if hints and hashes and self._ns is not None:
+        hashes = self._store(cache, sequence, hashes, report, hints.priority)
+        if hints.has_ending and hashes and self._ns is not None:
             told = tell(self._client, self._ns, hashes, hints, hints.keep_tokens // self.spec.block_tokens)
             report.failure = report.failure if told else "hints: not told"
         return output, report
@@ -292,7 +298,9 @@ class PrefixCache:
             except ForebayError as error:
                 report.failure = report.failure or f"report: {type(error).__name__}: {error}"
 
-    def _store(self, cache: Any, sequence: list[int], hashes: list[bytes], report: Report) -> list[bytes]:
+    def _store(
+        self, cache: Any, sequence: list[int], hashes: list[bytes], report: Report, priority: int
+    ) -> list[bytes]:
         """Offer all whole blocks of `cache`; the daemon says which of them it lacks, only those are copied.
 
         `hashes` are the prompt's; returns those of all of them.
@@ -306,9 +314,8 @@ class PrefixCache:
         begun = time.perf_counter()
         try:
             planes = [plane for layer in cache.layers for plane in (layer.keys, layer.values)]
-            stored = self._client.store(
-                self._ns, hashes, self._geometry.table(planes, self._cuda), stream=self._stream()
-            )
+            table = self._geometry.table(planes, self._cuda)
+            stored = self._client.store(self._ns, hashes, table, priority=priority, stream=self._stream())
             report.stored_blocks, report.rejected_blocks = stored.committed, stored.rejected
             report.failure = f"store: {stored.reason}" if stored.reason else report.failure
         except ForebayError as error:

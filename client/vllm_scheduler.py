@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from math import lcm
 from typing import Any
 
-from forebay.client.hints import HintReader
+from forebay.client.hints import NO_HINTS, HintReader, Hints
 from forebay.client.vllm_backlog import EngineBacklog, prefill_of
 from forebay.client.vllm_layout import Geometry
 from forebay.client.vllm_leases import Chain, LeaseDesk, Question
@@ -34,9 +34,11 @@ class _Tracked:
     Attributes:
         block_ids: of each cache group, by position in the prompt; those that a window has left behind are others' now.
         offered: of each group, leading blocks that were given to the workers to store, or offered to them.
+        hints: what its caller knows of it.
     """
 
     request: Any
+    hints: Hints
     block_ids: list[list[int]] = field(default_factory=list)
     offered: list[int] = field(default_factory=list)
 
@@ -174,7 +176,12 @@ class VllmScheduler:
     def allocated(self, request: Any, block_ids: Sequence[Sequence[int]], external_tokens: int) -> None:
         """vLLM's `update_state_after_alloc`: with tokens to load it is now certain that they are wanted."""
         id_ = str(request.request_id)
-        self._tracked.setdefault(id_, _Tracked(request)).request = request
+        tracked = self._tracked.get(id_)
+        if tracked is None:
+            hints = self._hints.read(getattr(request, "kv_transfer_params", None))
+            self._tracked[id_] = _Tracked(request, hints)
+        else:
+            tracked.request = request
         asked = self._asked.get(id_)
         if not external_tokens:
             if asked is not None and self._promised.get(id_) != request.num_preemptions:
@@ -218,8 +225,9 @@ class VllmScheduler:
 
         Of one that was aborted nothing is told: whoever asked may ask again.
         """
-        hints = self._hints.read(getattr(request, "kv_transfer_params", None))
-        if not hints or getattr(getattr(request, "status", None), "name", "") not in _ANSWERED:
+        tracked = self._tracked.get(str(request.request_id))
+        hints = tracked.hints if tracked is not None else NO_HINTS
+        if not hints.has_ending or getattr(getattr(request, "status", None), "name", "") not in _ANSWERED:
             return
         for group, geometry in enumerate(self._geometries):
             size = geometry.block_tokens
@@ -317,7 +325,8 @@ class VllmScheduler:
             return None
         tracked.offered[group] = first + len(names)
         blocks = tuple(ids[first : first + len(names)])
-        return Store(id_, group, parent, tuple(names), blocks, bool(geometry.window))
+        orphans, priority = bool(geometry.window), tracked.hints.priority
+        return Store(id_, group, parent, tuple(names), blocks, orphans, priority)
 
 
 def _computed(output: Any) -> dict[str, int]:

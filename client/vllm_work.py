@@ -38,6 +38,7 @@ class Store:
         group: the cache group, by its position.
         parent: name of the block before the first; empty at the start of a prompt.
         orphans: they are worth storing where that block is not stored.
+        priority: as of the client's `store`.
     """
 
     request_id: str
@@ -46,6 +47,7 @@ class Store:
     hashes: tuple[bytes, ...]
     block_ids: tuple[int, ...]
     orphans: bool = False
+    priority: int = 0
 
 
 @dataclass(frozen=True, slots=True)

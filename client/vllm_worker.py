@@ -63,7 +63,7 @@ class BlockClient(HintClient, Protocol):
         stream: int | None,
     ) -> FetchResult: ...
 
-    def reserve(self, ns: Any, hashes: Sequence[bytes], parent: bytes = b"") -> Any: ...
+    def reserve(self, ns: Any, hashes: Sequence[bytes], parent: bytes = b"", *, priority: int = 0) -> Any: ...
 
     def evict(self, ns: Any, hashes: Sequence[bytes], scope: EvictScope) -> RemovalResult: ...
 
@@ -404,10 +404,11 @@ class VllmWorker:
 
     def _reserve(self, job: _StoreJob, hashes: Sequence[bytes], parent: bytes) -> Any:
         """A window's blocks are stored without the one before them, where nobody has that one any more."""
-        reservation = self._client.reserve(job.ns, hashes, parent)
+        priority = job.store.priority
+        reservation = self._client.reserve(job.ns, hashes, parent, priority=priority)
         if job.store.orphans and parent and reservation.codes[:1] == bytes([BlockOutcome.ORPHAN]):
             reservation.abort()
-            return self._client.reserve(job.ns, hashes)
+            return self._client.reserve(job.ns, hashes, priority=priority)
         return reservation
 
     def _remove_bad(self, job: _StoreJob) -> None:

@@ -215,6 +215,8 @@ FAMILIES: tuple[Family, ...] = (
     _core("done_blocks", "Blocks that went first by them"),
     _core("expect_hints", "Hints that a conversation will go on soon"),
     _core("expected_blocks", "Blocks kept by them"),
+    _core("preferred_blocks", "Blocks stored with a priority above 0"),
+    _core("unpreferred_blocks", "Blocks stored without the priority asked for: beyond the share that may have one"),
     _core("unexpected_blocks", "Blocks not kept although hinted at: beyond the share that hints may keep"),
     # Tiers
     _tier_memory("up", "1 while the tier works"),

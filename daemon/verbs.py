@@ -111,7 +111,7 @@ class Verbs:
         width = self.store.shard(session_id, request.ns).group.spec.hash_bytes
         if len(request.parent) not in (0, width):
             raise BadRequest(f"parent must be empty or {width} bytes")
-        reserved = self.store.reserve(session_id, request.ns, request.parent, hashes, now)
+        reserved = self.store.reserve(session_id, request.ns, request.parent, hashes, now, priority=request.priority)
         return m.ReserveReply(
             reserved.reservation_id,
             bytes(reserved.outcomes),

@@ -203,8 +203,9 @@ class Group:
         """Know no block. Nobody holds one, and the slabs they lay in have been given back."""
         self.index = BlockIndex(self.spec.merged().shard_size, self._tiers)
         place = Place(self.index, self.spec.block_tokens, sole=self._tiers == 1)
-        self.policies = (self._host_policy(place), *(lru(place) for _ in range(1, self._tiers)))
-        self.pinned_blocks = 0
+        below = replace(place, fastest=False)
+        self.policies = (self._host_policy(place), *(lru(below) for _ in range(1, self._tiers)))
+        self.pinned_blocks = self.preferred_blocks = 0
         self.declined: set[int] = set()
         """Rows in host memory that were found not to be worth a write."""
         self._ending: dict[int, int] = {}
@@ -398,6 +399,19 @@ class Group:
         """When `end_expected` has something to do."""
         return self._expectations[0][0] if self._expectations else None
 
+    def prefer(self, row: int, priority: int) -> None:
+        """A row that is about to be written gets a priority, until it leaves the host tier."""
+        priorities = self.index.priorities
+        if priority > priorities[row] and not self.index.is_in(row, HOST):
+            self.preferred_blocks += not priorities[row]
+            self._counters.preferred_blocks += not priorities[row]
+            priorities[row] = priority
+
+    def _stop_preferring(self, row: int) -> None:
+        if self.index.priorities[row]:
+            self.index.priorities[row] = 0
+            self.preferred_blocks -= 1
+
     def hold(self, rows: Iterable[int]) -> None:
         """A reader holds these rows; `unhold` gives them up."""
         holds = self.index.holds
@@ -459,6 +473,8 @@ class Group:
             shard.spaces[tier].quarantine(slot_id)
         else:
             self.free_slot(shard, slot_id, tier, last=tier != HOST)
+        if tier == HOST and not self.index.is_in(row, HOST):
+            self._stop_preferring(row)
         self.index.abort(row, tier, shard.rank)
         self._ending.pop(row, None)
 
@@ -497,6 +513,8 @@ class Group:
         if tier == HOST:
             self.declined.discard(row)
         self.policies[tier].remove(row)
+        if tier == HOST:
+            self._stop_preferring(row)
         self.index.forget_if_empty(row)
 
     def _look_again(self, *, copied: bool = False) -> None:
@@ -527,6 +545,10 @@ class Group:
     def pinned_bytes(self) -> int:
         return self.pinned_blocks * self.complete_bytes
 
+    @property
+    def preferred_bytes(self) -> int:
+        return self.preferred_blocks * self.complete_bytes
+
     def resident_bytes(self, tier: int = HOST) -> int:
         """Payload bytes in a tier, over all shards."""
         return sum(s.spaces[tier].count(RESIDENT) * s.spaces[tier].block_bytes for s in self.shards.values())
@@ -555,6 +577,9 @@ class Group:
             yield from policy.check(row for row in self.index.rows() if self.index.is_in(row, tier))
         if self.pinned_blocks != sum(self.index.pinned):
             yield f"{self.pinned_blocks} pinned blocks counted, {sum(self.index.pinned)} marked"
+        preferred = len(self.index.priorities) - self.index.priorities.count(0)
+        if preferred != self.preferred_blocks:
+            yield f"{self.preferred_blocks} blocks of a priority counted, {preferred} marked"
         for shard in self.shards.values():
             for tier, space in enumerate(shard.spaces):
                 yield from space.check()

@@ -30,7 +30,7 @@ class BlockIndex:
     """Rows of one namespace group, whose blocks have `shard_size` shards in `tiers` tiers, fastest first.
 
     Columns read by others: ``hashes`` (None for a row not in use), ``parents``, ``depths``, ``holds`` (leases and
-    writers), ``pinned``.
+    writers), ``pinned``, ``priorities`` (0 but where a store of what is in the fastest tier gave another).
     """
 
     def __init__(self, shard_size: int, tiers: int = 1) -> None:
@@ -42,6 +42,7 @@ class BlockIndex:
         self.depths = array("i")
         self.holds = array("i")
         self.pinned = bytearray()
+        self.priorities = bytearray()
         self._first_child = array("i")
         self._next_sibling = array("i")
         self._previous_sibling = array("i")
@@ -314,6 +315,7 @@ class BlockIndex:
             self.hashes[row] = None
             self.parents[row] = NO_ROW
             self.pinned[row] = 0
+            self.priorities[row] = 0
             self._unused.append(row)
             row = parent
 
@@ -433,6 +435,7 @@ class BlockIndex:
             column.append(NO_ROW)
         self.holds.append(0)
         self.pinned.append(0)
+        self.priorities.append(0)
         self._missing.append(0)
         for tier in self._slots:
             for slots in tier:
@@ -448,6 +451,7 @@ class BlockIndex:
             column.extend(nothing)
         self.holds.frombytes(bytes(count * self.holds.itemsize))
         self.pinned.extend(bytes(count))
+        self.priorities.extend(bytes(count))
         self._missing.frombytes(bytes(count * self._missing.itemsize))
         nowhere = array("q", [NO_SLOT]) * count
         for tier in self._slots:

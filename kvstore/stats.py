@@ -91,6 +91,8 @@ class Counters:
     expect_hints: int = 0
     expected_blocks: int = 0
     unexpected_blocks: int = 0
+    preferred_blocks: int = 0
+    unpreferred_blocks: int = 0
     expired_leases: int = 0
     expired_reservations: int = 0
     sessions_opened: int = 0

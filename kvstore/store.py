@@ -40,6 +40,8 @@ from forebay.kvstore.slabs import FREE, QUARANTINED, RESERVED, RESIDENT, ShardSl
 from forebay.kvstore.stats import Counters, StoreStats, TierStats
 
 TIER_NAMES = ("host", "nvme")
+PREFERRED_SHARE = 0.25
+"""Of memory, so much may be blocks that were stored with a priority."""
 _REFUSALS_TOLD = 8
 _TIDIED_ROWS, _TIDIED_ROWS_IDLE = 100, 1000
 """Unreachable blocks of an earlier life that a plan, and a sweep, look at: a millisecond, and ten."""
@@ -328,11 +330,15 @@ class Store:
 
     # Writing
 
-    def reserve(self, session_id: int, ns: int, parent: bytes, hashes: Sequence[bytes], now: float) -> Reserved:
+    def reserve(
+        self, session_id: int, ns: int, parent: bytes, hashes: Sequence[bytes], now: float, *, priority: int = 0
+    ) -> Reserved:
         """Slots for the blocks of a chain that are not here yet; room is made now.
 
         Args:
             parent: hash of the block before `hashes`, empty at a root.
+            priority: 0 to `PRIORITY_MAX`, of the blocks that get slots; 0 where blocks of others take `PREFERRED_SHARE`
+                of memory.
         """
         session, shard = self._session(session_id), self.shard(session_id, ns)
         group = shard.group
@@ -350,10 +356,12 @@ class Store:
         self.physics.stored(group, hashes, group.index.depths[first] + (not present) if first != NO_ROW else 0, now)
         refusal = self._refusal(group, parent, above)
         partial = self._hold_partial(group, hashes[len(present) :])
+        preferred = self._preferred_room(group) if priority else 0
         for position in range(len(present), len(hashes)):
             outcome = refusal
             if outcome is None:
-                outcome, above, place = self._reserve_one(shard, hashes, position, above, now)
+                allowed = priority if len(rows) < preferred else 0
+                outcome, above, place = self._reserve_one(shard, hashes, position, above, now, allowed)
                 if outcome in (Outcome.FULL, Outcome.BYPASSED):
                     refusal = outcome
                 elif place is not None:
@@ -363,6 +371,7 @@ class Store:
             outcomes.append(outcome)
         group.let_go(partial)
         self._count(outcomes)
+        self.counters.unpreferred_blocks += max(0, len(rows) - max(0, preferred)) if priority else 0
         reservation_id = self._new_reservation(session, shard, rows, slots, now) if rows else 0
         return Reserved(reservation_id, outcomes, slots, generations)
 
@@ -840,7 +849,7 @@ class Store:
         return rows
 
     def _reserve_one(
-        self, shard: Shard, hashes: Sequence[bytes], position: int, above: int, now: float
+        self, shard: Shard, hashes: Sequence[bytes], position: int, above: int, now: float, priority: int
     ) -> tuple[Outcome, int, tuple[int, int] | None]:
         """Returns (outcome, the block's row, (slot, generation) when it is to be written) for one of `hashes`."""
         group, name = shard.group, hashes[position]
@@ -855,15 +864,23 @@ class Store:
         else:
             index.attach(row, above)
         if shard.slots.has_free():
+            group.prefer(row, priority)
             return Outcome.WRITE, row, group.reserve(shard, row)
         group.hold((row,))
-        newcomers = hashes[position:] if group.may_bypass() else ()
+        newcomers = hashes[position:] if group.may_bypass() and not priority else ()
         room = self._allocator.ensure(shard, self._groups.values(), now, len(hashes) - position, newcomers)
         place = group.reserve(shard, row) if room == Room.MADE else None
+        if place is not None:
+            group.prefer(row, priority)
         group.let_go((row,))
         if place is not None:
             return Outcome.WRITE, row, place
         return Outcome.BYPASSED if room == Room.DECLINED else Outcome.FULL, above, None
+
+    def _preferred_room(self, group: Group) -> int:
+        """How many more blocks of the group may have a priority."""
+        taken = sum(each.preferred_bytes for each in self._groups.values())
+        return int(PREFERRED_SHARE * self.tiers[HOST].capacity_bytes - taken) // group.complete_bytes
 
     def _new_reservation(self, session: Session, shard: Shard, rows: list[int], slots: array[int], now: float) -> int:
         deadline = now + self.config.reservation_ttl_s

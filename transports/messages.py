@@ -16,6 +16,7 @@ from functools import cache
 from typing import Any, ClassVar, Self
 
 from forebay.kvstore.errors import BadRequest
+from forebay.kvstore.eviction import PRIORITY_MAX
 from forebay.kvstore.namespace import NamespaceSpec
 from forebay.kvstore.outcome import Scope
 
@@ -466,9 +467,11 @@ class ReserveRequest(Request):
     ns: int
     parent: bytes
     blob: bytes
+    priority: int = 0
 
     def check(self) -> None:
         check_int("ns", self.ns, 1, U63_MAX)
+        check_int("priority", self.priority, 0, PRIORITY_MAX)
         check_exact("parent", self.parent, 0, *range(HASH_BYTES_MIN, HASH_BYTES_MAX + 1))
         check_bytes("blob", self.blob, _BLOB_BYTES_MAX)
 

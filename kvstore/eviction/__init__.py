@@ -10,6 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
+PRIORITY_MAX = 3
+PRIORITY_STEP = 4
+"""A block of a priority is worth as much as so many of the priority below it, and kept accordingly longer."""
+
 BYPASS = -1
 """No row: what room is being made for is less likely to be asked for again than all that could make it."""
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 from typing import NamedTuple
 
-from forebay.kvstore.eviction import BYPASS
+from forebay.kvstore.eviction import BYPASS, PRIORITY_STEP
 from forebay.kvstore.eviction.chances import Chances
 from forebay.kvstore.eviction.guard import LruGuard
 from forebay.kvstore.eviction.hazard_model import BINS, HORIZON_BIN, HORIZON_S, HazardModel, bin_of
@@ -71,7 +71,8 @@ class HazardPolicy:
     """See the module's text.
 
     Args:
-        parents, depths, hashes: the index's live columns, read by row.
+        parents, depths, hashes, priorities: the index's live columns, read by row; without the last all blocks have the
+            same. What is learned does not depend on it, but what a place pays counts by it.
         equal_depth: depth in blocks at which attention over what is before costs as much to recompute as all the rest
             of a block; blocks then count by what they cost. 0: all blocks count the same.
         sole: what is given up here is lost. Where a slower tier is to keep it, what goes next has to be known early
@@ -85,6 +86,7 @@ class HazardPolicy:
         parents: array[int],
         depths: array[int],
         hashes: Sequence[bytes | None],
+        priorities: bytearray | None = None,
         *,
         equal_depth: float = 0.0,
         sole: bool = True,
@@ -96,7 +98,8 @@ class HazardPolicy:
         self._equal_depth = equal_depth
         self._sole = sole
         self._refresh_requests = refresh_requests
-        self._lru = LruPolicy(parents, depths)
+        self._priorities = priorities
+        self._lru = LruPolicy(parents, depths, priorities)
         self._guard = LruGuard() if guarded else None
         self._model = HazardModel(CLASSES)
         self._chances = Chances(self._model)
@@ -149,7 +152,7 @@ class HazardPolicy:
         for piece, blocks in path:
             head = pieces.head(piece, blocks)
             head.shared += branches
-            if made and _shared_class(made[-1].shared) == _shared_class(head.shared):
+            if made and _is_like(made[-1], head):
                 pieces.join(made[-1], head)
             else:
                 made.append(head)
@@ -195,12 +198,15 @@ class HazardPolicy:
         self._now = max(now, self._now)
         self._new_candidates()
         hashes, depths, known, insert = self._hashes, self._depths, self._pieces.known, self._pieces.insert
+        priorities = self._priorities
         for row in rows:
             name, depth = hashes[row], depths[row]
             assert name is not None, f"row {row} is not in use"
             piece = known.get(name)
             if piece is None or not _is_at(piece, depth, name):
                 piece = self._place(name, row, depth)
+            if priorities is not None and priorities[row] != piece.priority:
+                piece = self._pieces.prefer(piece, depth - piece.start, priorities[row])
             insert(piece, depth - piece.start, row)
 
     def _place(self, name: bytes, row: int, depth: int) -> Piece:
@@ -393,12 +399,15 @@ class HazardPolicy:
         return None
 
     def _at_end(self, piece: Piece, ring: Piece, is_oldest: bool) -> _End:
-        return _End(self._value(piece, self._now), piece.touched, ring.kind, not is_oldest, piece, ring)
+        place = (ring.priority, ring.kind)
+        return _End(self._value(piece, self._now), piece.touched, place, not is_oldest, piece, ring)
 
     def _value(self, piece: Piece, now: float) -> float:
         if piece.kind == FINISHED:
             return -1.0
         value = self._model.value(piece.kind, max(0.0, now - piece.touched))
+        if piece.priority:
+            value *= PRIORITY_STEP**piece.priority
         if self._equal_depth:
             value *= 1 + (piece.start + (len(piece.rows) or len(piece.names))) / self._equal_depth
         return value
@@ -446,7 +455,7 @@ class _End(NamedTuple):
 
     value: float
     touched: float
-    kind: int
+    place: tuple[int, int]
     is_newest: bool
     piece: Piece
     ring: Piece
@@ -454,6 +463,11 @@ class _End(NamedTuple):
     @property
     def is_oldest(self) -> bool:
         return not self.is_newest
+
+
+def _is_like(piece: Piece, following: Piece) -> bool:
+    """Both are of one class, as far as it depends on who shares them, and of one priority."""
+    return piece.priority == following.priority and _shared_class(piece.shared) == _shared_class(following.shared)
 
 
 def _shared_class(shared: int) -> int:

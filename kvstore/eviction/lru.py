@@ -8,17 +8,21 @@ moves as a whole and is split only where a later request leaves it. The order is
 A tail that may not go just now (leased, pinned, being written, or with a child in a younger piece) takes its
 piece to the young end: it is in use, so it is recent.
 
-Pieces that somebody said are over lie in a list of their own, which is searched first.
+Pieces that somebody said are over lie in a list of their own, which is searched first. So do pieces of each priority:
+of the oldest pieces of all lists that one goes whose age is the greatest, divided by what its priority makes it worth.
 """
 
 from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from heapq import merge
+
+from forebay.kvstore.eviction import PRIORITY_MAX, PRIORITY_STEP
 
 _NO_PIECE = -1
 _OVER, _PLAIN = 0, 1
-"""Lists of pieces, in the order in which they are searched."""
+"""Lists of pieces: what is over, then the lists of each priority from 0 on."""
 
 
 class _Piece:
@@ -38,14 +42,16 @@ class _Piece:
 class LruPolicy:
     """Pieces in rings, each around a sentinel: ``ring.newer`` is the oldest, ``ring.older`` the newest."""
 
-    def __init__(self, parents: array[int], depths: array[int]) -> None:
-        """`parents` and `depths` are the index's live columns, read by row."""
+    def __init__(self, parents: array[int], depths: array[int], priorities: bytearray | None = None) -> None:
+        """They are the index's live columns, read by row. Without priorities all blocks have the same."""
         self.parents = parents
         self._depths = depths
+        self._priorities = priorities
+        self._now = 0.0
         self._piece_of = array("i")  # numbers of pieces: half as large as references, of which there would be millions
         self._numbered: list[_Piece | None] = []
         self._unused: list[int] = []
-        self._rings = [_Piece(order=order) for order in (_OVER, _PLAIN)]
+        self._rings = [_Piece(order=order) for order in range(_PLAIN + PRIORITY_MAX + 1)]
         self._skipped = list(
             self._rings
         )  # of each, the youngest of the oldest pieces, all of which may not go just now
@@ -63,14 +69,15 @@ class LruPolicy:
     def insert(self, rows: Sequence[int], now: float) -> None:
         if not rows:
             return
-        piece_of, parents, numbered = self._piece_of, self.parents, self._numbered
+        piece_of, parents, numbered, priorities = self._piece_of, self.parents, self._numbered, self._priorities
         piece_of.extend(array("i", [_NO_PIECE]) * (len(parents) - len(piece_of)))
         for row in rows:
             parent = parents[row]
             number = piece_of[parent] if parent >= 0 else _NO_PIECE
             piece = numbered[number] if number >= 0 else None
-            if piece is None or piece.rows[-1] != parent:  # else it continues its parent's piece
-                piece = self._new_piece(self._rings[_PLAIN].older)
+            differs = priorities is not None and parent >= 0 and priorities[row] != priorities[parent]
+            if piece is None or piece.rows[-1] != parent or differs:  # else it continues its parent's piece
+                piece = self._new_piece(self._rings[self._order_of(row)].older)
             piece.rows.append(row)
             piece_of[row] = piece.number
         self._touch_path(rows[-1], now)
@@ -122,7 +129,23 @@ class LruPolicy:
 
     def _search_all(self, evictable: Callable[[int], bool | None]) -> int | None:
         row = self._search(_OVER, evictable)
-        return self._search(_PLAIN, evictable) if row is None else row
+        if row is None:
+            for order in self._orders():
+                row = self._search(order, evictable)
+                if row is not None:
+                    return row
+        return row
+
+    def _orders(self) -> Sequence[int]:
+        """The lists that hold pieces which are not over, in the order in which their oldest should go."""
+        rings = self._rings
+        used = [order for order in range(_PLAIN, len(rings)) if rings[order].newer is not rings[order]]
+        return used if len(used) < 2 else sorted(used, key=lambda order: self._due(rings[order].newer))
+
+    def _due(self, piece: _Piece) -> float:
+        """The lower, the sooner it should go."""
+        age = self._now - piece.touched
+        return -age / PRIORITY_STEP ** (piece.order - _PLAIN) if piece.order > _PLAIN else -age
 
     def _search(self, order: int, evictable: Callable[[int], bool | None]) -> int | None:
         """The first that may go; pieces that may not just now are not asked again until `look_again`."""
@@ -142,11 +165,13 @@ class LruPolicy:
 
     def coldest(self, limit: int) -> list[int]:
         rows: list[int] = []
-        for ring in self._rings:
-            piece = ring.newer
-            while piece is not ring and len(rows) < limit:
+        orders = self._orders()
+        plain = self._around(orders[0]) if len(orders) == 1 else merge(*map(self._around, orders), key=self._due)
+        for pieces in (self._around(_OVER), plain):
+            for piece in pieces:
+                if len(rows) >= limit:
+                    return rows
                 rows += piece.rows[: -(limit - len(rows)) - 1 : -1]
-                piece = piece.newer
         return rows
 
     def chances(self, rows: Sequence[int], within_s: float, now: float) -> None:
@@ -155,10 +180,8 @@ class LruPolicy:
 
     def oldest_touch(self) -> float | None:
         """Of what nobody said is over, where there is such: a hint moves no memory from one namespace to another."""
-        ring = self._rings[_PLAIN]
-        if ring.newer is ring:
-            ring = self._rings[_OVER]
-        return ring.newer.touched if self._pieces else None
+        orders = self._orders() or (_OVER,)
+        return self._rings[orders[0]].newer.touched if self._pieces else None
 
     def touched(self, row: int) -> float | None:
         """When a row was last asked for, None where it is not known here."""
@@ -184,12 +207,21 @@ class LruPolicy:
             yield f"the policy knows {len(seen)} rows, the index {len(set(rows))} resident ones"
 
     def _all(self) -> Iterator[_Piece]:
-        for order, ring in enumerate(self._rings):
-            piece = ring.newer
-            while piece is not ring:
+        for order in range(len(self._rings)):
+            for piece in self._around(order):
                 assert piece.order == order, "a piece lies in another list than it says"
                 yield piece
-                piece = piece.newer
+
+    def _around(self, order: int) -> Iterator[_Piece]:
+        """The pieces of a list, oldest first."""
+        ring = self._rings[order]
+        piece = ring.newer
+        while piece is not ring:
+            yield piece
+            piece = piece.newer
+
+    def _order_of(self, row: int) -> int:
+        return _PLAIN if self._priorities is None else _PLAIN + self._priorities[row]
 
     def _find(self, row: int) -> _Piece | None:
         number = self._piece_of[row] if row < len(self._piece_of) else _NO_PIECE
@@ -208,6 +240,7 @@ class LruPolicy:
 
     def _touch_path(self, row: int, now: float) -> None:
         """Move the pieces from `row` up to its root to the young end, the root's last."""
+        self._now = max(now, self._now)
         while row >= 0 and self._pieces:
             piece = self._find(row)
             if piece is None:
@@ -215,7 +248,7 @@ class LruPolicy:
                 continue
             if piece.rows[-1] != row:
                 self._split(piece, self._position(piece, row) + 1)
-            self._refresh(piece, now, _PLAIN)
+            self._refresh(piece, now, self._order_of(row))
             row = self.parents[piece.rows[0]]
 
     def _split(self, piece: _Piece, position: int) -> _Piece:

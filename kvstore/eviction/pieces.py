@@ -26,23 +26,26 @@ class Piece:
     rows: of the leading ones, up to the last that is resident; NO_ROW for one that is not.
     live: how many are resident.
     touched: when a request last named it.
-    kind: its class, and the ring it is in while a block is resident.
+    kind: its class, and with `priority` the ring it is in while a block is resident.
+    priority: of its resident blocks.
     shared: how many requests have left its path after it, to continue otherwise.
     turn, chain: of the request that touched it: how many it continues, and its length in blocks.
     place: in `Pieces.all`.
     """
 
     __slots__ = (
-        *("chain", "kind", "live", "names", "newer", "older", "place", "rows", "shared", "start", "touched", "turn"),
+        *("chain", "kind", "live", "names", "newer", "older", "place", "priority", "rows", "shared", "start"),
+        *("touched", "turn"),
     )
 
-    def __init__(self, start: int, kind: int) -> None:
+    def __init__(self, start: int, kind: int, priority: int = 0) -> None:
         self.start = start
         self.names: list[bytes] = []
         self.rows = array("i")
         self.live = 0
         self.touched = 0.0
         self.kind = kind
+        self.priority = priority
         self.shared = 0
         self.turn = 0
         self.chain = 0
@@ -57,8 +60,10 @@ class Pieces:
     def __init__(self, kinds: int, given_up: Callable[[Piece, int], None]) -> None:
         """`given_up(piece, blocks)` is told of each ghost that is forgotten."""
         self._given_up = given_up
+        self._kinds = kinds
         self.rings = [Piece(0, kind) for kind in range(kinds)]
-        """Sentinels: `ring.newer` is the oldest piece of its class, `ring.older` the newest."""
+        """Sentinels: `ring.newer` is the oldest piece of its class, `ring.older` the newest. Of priority 0, and of each
+        other so far as there were such pieces."""
         self.known: dict[bytes, Piece] = {}
         self.all: list[Piece] = []
         self.unswept = 0
@@ -117,7 +122,7 @@ class Pieces:
         """Cut a piece after its leading blocks; the rest keeps its label and its place in the ring."""
         if blocks == len(piece.names):
             return piece
-        rest = Piece(piece.start + blocks, piece.kind)
+        rest = Piece(piece.start + blocks, piece.kind, piece.priority)
         rest.names, rest.rows = piece.names[blocks:], piece.rows[blocks:]
         rest.touched, rest.shared, rest.turn, rest.chain = piece.touched, piece.shared, piece.turn, piece.chain
         rest.live = len(rest.rows) - rest.rows.count(NO_ROW)
@@ -141,7 +146,7 @@ class Pieces:
             _unlink(following)
             if piece.live == following.live:  # it was a ghost
                 self._dead.pop(piece)
-                _link(piece, self.rings[piece.kind].older)
+                _link(piece, self._ring(piece).older)
         else:
             self._dead.pop(following)
         self._leave(following)
@@ -153,10 +158,29 @@ class Pieces:
         piece.kind, piece.touched = kind, now
         if piece.live:
             _unlink(piece)
-            _link(piece, self.rings[kind].older)
+            _link(piece, self._ring(piece).older)
         else:
             self._dead.pop(piece)
             self._dead[piece] = None
+
+    def prefer(self, piece: Piece, at: int, priority: int) -> Piece:
+        """Give the piece's blocks from `at` on this priority; returns the piece of those, cut off if need be."""
+        if at:
+            name = piece.names[at]
+            self.head(piece, at)
+            piece = self.known[name]
+        piece.priority = priority
+        if piece.live:
+            _unlink(piece)
+            _link(piece, self._ring(piece).older)
+        return piece
+
+    def _ring(self, piece: Piece) -> Piece:
+        at = piece.priority * self._kinds + piece.kind
+        while at >= len(self.rings):
+            priority = len(self.rings) // self._kinds
+            self.rings += [Piece(0, kind, priority) for kind in range(self._kinds)]
+        return self.rings[at]
 
     def insert(self, piece: Piece, at: int, row: int) -> None:
         """The piece's block `at` has become resident."""
@@ -172,7 +196,7 @@ class Pieces:
         self._most_live = max(self._most_live, self.live)
         if piece.live == 1:
             del self._dead[piece]
-            _link(piece, self.rings[piece.kind].older)
+            _link(piece, self._ring(piece).older)
 
     def remove(self, piece: Piece, at: int) -> None:
         """The piece's block `at` is resident no more; it is a ghost, while there is room for one."""
@@ -263,7 +287,7 @@ class Pieces:
                 yield "a piece is among the ghosts and is none, or the other way round"
         if names != len(self.known) or live != self.live:
             yield f"{names} names and {live} resident blocks in pieces, {len(self.known)} and {self.live} counted"
-        linked = sum(1 for ring in self.rings for piece in around(ring) if piece.live and piece.kind == ring.kind)
+        linked = sum(piece.live > 0 and self._ring(piece) is ring for ring in self.rings for piece in around(ring))
         if linked != len(self.all) - len(self._dead):
             yield f"{linked} pieces in rings, {len(self.all) - len(self._dead)} have resident blocks"
 

@@ -17,24 +17,33 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """What a policy is made for: a tier of a namespace. `sole`: there is no slower tier."""
+    """What a policy is made for: a tier of a namespace.
+
+    Attributes:
+        sole: there is no slower tier.
+        fastest: there is no faster one; priorities are of blocks there.
+    """
 
     index: BlockIndex
     block_tokens: int
     sole: bool = True
+    fastest: bool = True
 
 
 PolicyMaker: TypeAlias = "Callable[[Place], EvictionPolicy]"
 
 
 def lru(place: Place) -> EvictionPolicy:
-    return LruPolicy(place.index.parents, place.index.depths)
+    index = place.index
+    return LruPolicy(index.parents, index.depths, index.priorities if place.fastest else None)
 
 
 def hazard(place: Place, *, equal_cost_tokens: float = 0.0) -> EvictionPolicy:
     """`equal_cost_tokens` is the depth at which attention costs as much as all else; 0: all blocks count the same."""
     index, equal_depth = place.index, equal_cost_tokens / place.block_tokens
-    return HazardPolicy(index.parents, index.depths, index.hashes, equal_depth=equal_depth, sole=place.sole)
+    return HazardPolicy(
+        index.parents, index.depths, index.hashes, index.priorities, equal_depth=equal_depth, sole=place.sole
+    )
 
 
 def served(name: str, equal_cost_tokens: int = 0) -> PolicyMaker:

@@ -202,6 +202,11 @@ def test_hints_pins_and_removals_answer_counts(make_shell: MakeShell, daemon: An
     hashes = chain()
     shell.store(ns, hashes, table(paged()))
     assert shell.touch(ns, hashes) == BLOCKS
+    for wrong in (-1, 4, True, 1.0):
+        with pytest.raises(BadRequest, match="priority"):
+            shell.store(ns, hashes, table(paged()), priority=wrong)
+        with pytest.raises(BadRequest, match="priority"):
+            shell.reserve(ns, hashes, priority=wrong)
     assert shell.done(ns, hashes) == BLOCKS
     assert shell.done(ns, hashes, keep=2) == BLOCKS - 2
     for wrong in (-1, 1 << 31, 1.0):

@@ -35,14 +35,14 @@ class FakeClient:
         ({"do_remote_decode": True}, NO_HINTS),
         ({"forebay": {}}, NO_HINTS),
         ({"forebay": {"done": True, "keep_tokens": 700}, "other": 1}, Hints(done=True, keep_tokens=700)),
-        ({"forebay": {"expect_s": 30}}, Hints(expect_s=30)),
+        ({"forebay": {"expect_s": 30, "priority": 1}}, Hints(expect_s=30, priority=1)),
     ],
 )
 def test_hints_are_read_from_whatever_comes_with_a_request(params: object, hints: Hints) -> None:
     reader = HintReader()
     assert reader.read(params) == hints
     assert reader.ignored == 0
-    assert bool(hints) == (hints != NO_HINTS)
+    assert hints.has_ending == (hints != NO_HINTS)
 
 
 @pytest.mark.parametrize(
@@ -54,6 +54,8 @@ def test_hints_are_read_from_whatever_comes_with_a_request(params: object, hints
         ({"done": 1}, "done is true or false"),
         ({"keep_tokens": -1}, "keep"),
         ({"keep_tokens": "many"}, "keep"),
+        ({"priority": 4}, "priority must be from 0 to 3"),
+        ({"priority": True}, "priority must be from 0 to 3"),
         ({"expect_s": True}, "expect_s is a number"),
         ({"expect_s": "soon"}, "expect_s is a number"),
         ({"expect_s": float("nan")}, "within_s"),

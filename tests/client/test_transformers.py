@@ -46,6 +46,7 @@ class DictClient:
         self.reports: list[tuple[int, int, float]] = []
         self.advice: int | None = None
         self.hinted: list[tuple[int, float]] = []
+        self.priorities: list[int] = []
 
     def open_namespace(self, spec: NamespaceSpec) -> Any:
         self._maybe_raise("open_namespace")
@@ -69,8 +70,11 @@ class DictClient:
             NumpyCopier().scatter(_plan(ns, destination, block, data))
         return FetchResult(verified, verified * ns.block_bytes, "" if verified == len(hashes) else "stale")
 
-    def store(self, ns: Any, hashes: Sequence[bytes], source: SegmentTable, *, stream: int | None = 0) -> Any:
+    def store(
+        self, ns: Any, hashes: Sequence[bytes], source: SegmentTable, *, priority: int = 0, stream: int | None = 0
+    ) -> Any:
         self._maybe_raise("store")
+        self.priorities.append(priority)
         codes = bytearray([BlockOutcome.PRESENT]) * len(hashes)
         for block, name in enumerate(hashes):
             if (ns.name, name) not in self.blocks:
@@ -169,8 +173,9 @@ def test_hints_are_told_of_prompt_and_answer_when_both_are_stored(cache: PrefixC
     _, report = cache.generate(tokens, hints=Hints(done=True, keep_tokens=2 * BLOCK + 3), **GREEDY)
     whole = (report.prompt_tokens + report.generated_tokens - 1) // BLOCK
     assert whole > 40 // BLOCK
-    cache.generate(tokens, hints=Hints(expect_s=20.0), **GREEDY)
+    cache.generate(tokens, hints=Hints(expect_s=20.0, priority=1), **GREEDY)
     assert client.hinted == [(whole, 2), (whole, 20.0)]
+    assert client.priorities == [0, 1]
     client.errors["done"] = PeerLost("gone")
     _, report = cache.generate(tokens, hints=Hints(done=True), **GREEDY)
     assert report.failure == "hints: not told"

@@ -473,16 +473,18 @@ def test_a_step_that_one_prompt_fills_is_told_as_its_prefill(rig: Rig) -> None:
     rig.scheduler.finished("r")
 
 
-def ended(tokens: int, params: Any, status: str = "FINISHED_STOPPED") -> Any:
+def ended(rig: Rig, tokens: int, hints: Any, status: str = "FINISHED_STOPPED") -> Any:
+    """A request that ran with these hints and is about to be finished."""
     request = request_of(tokens)
-    request.kv_transfer_params, request.status = params, SimpleNamespace(name=status)
+    request.kv_transfer_params, request.status = {"forebay": hints}, SimpleNamespace(name=status)
+    rig.scheduler.allocated(request, ([0],), 0)
+    rig.scheduler.ending(request)
     return request
 
 
 def test_what_the_caller_knows_goes_behind_the_last_stores(rig: Rig) -> None:
     """Told once, with the names of prompt and answer; blocks that others begin with are counted in whole ones."""
-    request = ended(4 * BLOCK + 5, {"forebay": {"done": True, "keep_tokens": 2 * BLOCK + 1}})
-    rig.scheduler.ending(request)
+    request = ended(rig, 4 * BLOCK + 5, {"done": True, "keep_tokens": 2 * BLOCK + 1})
     (ending,) = rig.scheduler.step(step_of()).endings
     assert (ending.group, ending.hashes, ending.keep) == (0, tuple(request.block_hashes), 2)
     assert ending.hints.done
@@ -491,14 +493,15 @@ def test_what_the_caller_knows_goes_behind_the_last_stores(rig: Rig) -> None:
 
 @pytest.mark.parametrize("status", ["FINISHED_ABORTED", "FINISHED_ERROR", "FINISHED_IGNORED"])
 def test_of_a_request_that_did_not_end_by_itself_nothing_is_told(rig: Rig, status: str) -> None:
-    rig.scheduler.ending(ended(4 * BLOCK, {"forebay": {"done": True}}, status))
+    ended(rig, 4 * BLOCK, {"done": True}, status)
     assert rig.scheduler.step(step_of()) == StepWork()
 
 
 def test_wrong_hints_are_counted_and_requests_without_any_are_not(rig: Rig) -> None:
-    rig.scheduler.ending(request_of(4 * BLOCK))
+    ended(rig, 4 * BLOCK, None)
+    rig.scheduler.finished("r")
     assert rig.scheduler.take_counts() == {}
-    rig.scheduler.ending(ended(4 * BLOCK, {"forebay": {"done": "perhaps"}}))
+    ended(rig, 4 * BLOCK, {"done": "perhaps"})
     assert rig.scheduler.step(step_of()) == StepWork()
     assert (rig.scheduler.take_counts(), rig.scheduler.take_counts()) == ({"ignored_hints": 1}, {})
 
@@ -507,13 +510,22 @@ def test_hints_are_about_what_each_group_needs_to_go_on() -> None:
     """Of a window the last blocks alone."""
     window = Geometry(("b",), (64,), BLOCK, 1, ("x",), False, 2 * BLOCK)
     rig = Rig(groups=(GEOMETRY, window))
-    rig.scheduler.ending(ended(6 * BLOCK, {"forebay": {"expect_s": 3}}))
+    ended(rig, 6 * BLOCK, {"expect_s": 3})
     endings = rig.scheduler.step(step_of()).endings
     assert [(ending.group, len(ending.hashes)) for ending in endings] == [(0, 6), (1, 2)]
     rig.scheduler.close()
 
 
 def test_hints_are_not_told_of_caches_that_were_reset(rig: Rig) -> None:
-    rig.scheduler.ending(ended(4 * BLOCK, {"forebay": {"done": True}}))
+    ended(rig, 4 * BLOCK, {"done": True})
     rig.scheduler.reset(lambda reset: ["private"])
+    assert rig.scheduler.step(step_of()).endings == ()
+
+
+def test_blocks_are_stored_with_the_priority_that_the_caller_gave(rig: Rig) -> None:
+    request = request_of(4 * BLOCK)
+    request.kv_transfer_params = {"forebay": {"priority": 2}}
+    rig.scheduler.allocated(request, ([0, 1, 2, 3],), 0)
+    (store,) = rig.scheduler.step(step_of([("r", [0, 1, 2, 3], 0)], r=4 * BLOCK)).stores
+    assert (store.priority, len(store.hashes)) == (2, 4)
     assert rig.scheduler.step(step_of()).endings == ()

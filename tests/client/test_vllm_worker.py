@@ -65,6 +65,7 @@ class FakeClient:
     def __init__(self) -> None:
         self.blocks: dict[bytes, NDArray[np.uint8]] = {}
         self.parents: list[bytes] = []
+        self.priorities: list[int] = []
         self.absent: set[bytes] = set()
         self.missing = "miss"
         self.refused: set[bytes] = set()
@@ -104,8 +105,9 @@ class FakeClient:
             table.owners[0][block] = self.blocks[name]
         return FetchResult(len(hashes), len(hashes) * BLOCK_BYTES)
 
-    def reserve(self, ns: Any, hashes: Sequence[bytes], parent: bytes = b"") -> FakeReservation:
+    def reserve(self, ns: Any, hashes: Sequence[bytes], parent: bytes = b"", *, priority: int = 0) -> FakeReservation:
         self.parents.append(parent)
+        self.priorities.append(priority)
         return FakeReservation(self, hashes, orphans=parent in self.absent)
 
     def evict(self, ns: Any, hashes: Sequence[bytes], scope: EvictScope) -> RemovalResult:
@@ -426,6 +428,13 @@ def test_hints_are_told_when_what_came_before_is_stored() -> None:
     assert rig.client.hinted == [(1, 3, 1)]
     rig.worker.close()
     assert rig.worker.take_counts()["told_hints"] == 1
+
+
+def test_blocks_are_reserved_with_the_priority_of_their_store(rig: Rig) -> None:
+    rig.client.absent = {b"parent"}
+    rig.step(stores=(Store("r", 0, b"parent", names(0, 2), (0, 1), orphans=True, priority=2),))
+    rig.settle()
+    assert rig.client.priorities == [2, 2]
 
 
 def test_one_rank_tells_hints_for_all() -> None:

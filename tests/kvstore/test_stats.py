@@ -58,7 +58,7 @@ def test_every_counter_counts() -> None:
     world = World(slabs=1, pin_quota=0.5)
     world.open_session(2)
     world.open(spec(), 2)
-    world.write(chain("a", 3))
+    world.commit(world.store.reserve(1, world.ns, b"", chain("a", 3), world.now, priority=1))
     world.write(chain("a", 3))
     world.reserve(chain("b", 1))
     world.reserve(chain("b", 1), session=2)
@@ -97,6 +97,8 @@ def test_every_counter_counts() -> None:
         "expect_hints": 1,
         "expected_blocks": 1,
         "unexpected_blocks": 2,
+        "preferred_blocks": 1,
+        "unpreferred_blocks": 2,
         "expired_leases": 1,
         "expired_reservations": 1,
         "sessions_opened": 2,

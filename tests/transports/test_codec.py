@@ -52,7 +52,9 @@ requests = st.one_of(
     st.builds(m.AcquireRequest, u63, blobs, st.integers(0, m.TTL_MS_MAX)),
     st.builds(m.ResolveRequest, u63, u63),
     st.builds(m.ReleaseRequest, u63),
-    st.builds(m.ReserveRequest, u63, st.one_of(st.just(b""), st.binary(min_size=16, max_size=32)), blobs),
+    st.builds(
+        m.ReserveRequest, u63, st.one_of(st.just(b""), st.binary(min_size=16, max_size=32)), blobs, st.integers(0, 3)
+    ),
     st.builds(m.CommitRequest, u63, number_blobs(4), number_blobs(8)),
     st.builds(m.AbortRequest, u63),
     st.builds(m.EvictRequest, u63, st.sampled_from(m.EvictScope), blobs, st.booleans()),

@@ -29,14 +29,15 @@ class Cache:
     def __init__(self, blocks: int, **options: object) -> None:
         self.index = BlockIndex(1)
         columns = self.index.parents, self.index.depths
-        self.policy = HazardPolicy(*columns, self.index.hashes, **{"refresh_requests": 4, **options})  # type: ignore[arg-type]
+        columns = *columns, self.index.hashes, self.index.priorities
+        self.policy = HazardPolicy(*columns, **{"refresh_requests": 4, **options})  # type: ignore[arg-type]
         self.blocks, self.now, self.leased = blocks, 0.0, set[int]()
         self.victims: list[bytes] = []
 
     def evictable(self, row: int) -> bool:
         return row not in self.leased and not self.index.holds[row] and not self.index.has_child(row)
 
-    def ask(self, chain: list[bytes], now: float | None = None) -> int:
+    def ask(self, chain: list[bytes], now: float | None = None, priority: int = 0) -> int:
         """Look a chain up and store what is missing; returns how many blocks were there."""
         self.now = self.now + 1 if now is None else now
         rows = list(self.index.walk(chain))
@@ -56,6 +57,7 @@ class Cache:
                 self.index.forget_if_empty(row)
                 break
             self.index.reserve(row, 0, 0, 0, 0)
+            self.index.priorities[row] = priority
             fresh.append(row)
             above = row
         for row in fresh:
@@ -99,7 +101,7 @@ def test_books_are_right_whatever_happens(data: st.DataObject) -> None:
         chain = [bytes(path[: at + 1]).ljust(16, b"-") for at in range(len(path))]
         rows = list(cache.index.walk(chain))
         if action == "ask":
-            cache.ask(chain)
+            cache.ask(chain, priority=data.draw(st.sampled_from((0, 0, 1, 3))))
         elif action == "acquire":
             shuffled = data.draw(st.permutations(chain))
             cache.policy.request(shuffled, list(cache.index.walk(shuffled)), cache.now, opens=data.draw(st.booleans()))
@@ -173,6 +175,21 @@ def test_finished_conversation_goes_first() -> None:
     explained = cache.policy.explain(names("talk", 1)[0], 600.0)
     assert explained is not None
     assert explained.kind == "finished"
+
+
+def test_a_place_pays_by_the_priority_of_what_is_in_it() -> None:
+    """Of two questions that nobody repeats, alike but for that, the lesser one goes first."""
+    for first, second in ((0, 1), (1, 0), (3, 1)):
+        cache = Cache(1000)
+        converse(cache)
+        cache.ask(names("first", 2), priority=first)
+        cache.ask(names("second", 2), now=cache.now, priority=second)
+        values = [cache.policy.explain(names(label, 1)[0], cache.now).value_hz for label in ("first", "second")]  # type: ignore[union-attr]
+        assert values[0] / values[1] == pytest.approx(4.0 ** (first - second))
+        order = [cache.index.hashes[row] for row in cache.policy.coldest(1000)]
+        tails = [order.index(names(label, 2)[1]) for label in ("first", "second")]
+        assert (tails[0] < tails[1]) == (first < second)
+        cache.check()
 
 
 def test_lookup_and_acquire_of_one_request_are_one_use() -> None:

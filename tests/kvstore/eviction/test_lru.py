@@ -252,6 +252,29 @@ def test_hint_about_unknown_blocks_changes_nothing() -> None:
     assert drained(tree) == rows[::-1]
 
 
+def test_priorities_stretch_ages() -> None:
+    """A block of priority 1 goes when it is four times as old as the oldest of priority 0 is then."""
+    tree = Tree()
+    priorities = bytearray(100)
+    tree.policy = LruPolicy(tree.parents, tree.depths, priorities)
+    priorities[0] = 1
+    (kept,) = chain(tree, 1)
+    others = [chain(tree, 1)[0] for _ in range(9)]  # touched at 2 to 10; the first is kept while 9 / 4 < 10 - touched
+    order = tree.policy.coldest(20)
+    assert order == [*others[:6], kept, *others[6:]]
+    assert tree.policy.oldest_touch() == 2.0
+    assert drained(tree) == order
+
+
+def test_a_chain_of_two_priorities_is_never_broken() -> None:
+    tree = Tree()
+    priorities = bytearray(10)
+    tree.policy = LruPolicy(tree.parents, tree.depths, priorities)
+    priorities[2] = priorities[3] = 2  # the end outlives the beginning by age, which stays for it all the same
+    rows = chain(tree, 4)
+    assert drained(tree) == rows[::-1]
+
+
 def test_oldest_touch_is_of_the_next_victim() -> None:
     """Namespaces are compared by it."""
     tree = Tree()
