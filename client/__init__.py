@@ -21,6 +21,7 @@ from forebay.client.segments import SegmentTable
 from forebay.client.sync import Client, Lease, Reservation
 from forebay.kvstore.hashing import PrefixHasher
 from forebay.kvstore.namespace import NamespaceSpec
+from forebay.kvstore.outcome import StopReason
 from forebay.kvstore.planner import Backlog
 from forebay.transports.messages import EvictScope
 
@@ -46,5 +47,6 @@ __all__ = [
     "RemovalResult",
     "Reservation",
     "SegmentTable",
+    "StopReason",
     "StoreResult",
 ]

@@ -41,6 +41,7 @@ from forebay.client.results import (
 from forebay.client.segments import Addresses, SegmentTable
 from forebay.kvstore.errors import BadRequest, ForebayError, Internal, PeerError, PeerLost, UnknownSession
 from forebay.kvstore.eviction import PRIORITY_MAX
+from forebay.kvstore.outcome import StopReason
 from forebay.kvstore.planner import Backlog
 from forebay.transports.messages import (
     EXPECT_MS_MAX,
@@ -80,6 +81,8 @@ from forebay.transports.messages import (
     ReserveRequest,
     ResolveReply,
     ResolveRequest,
+    StoppedReply,
+    StoppedRequest,
     TouchReply,
     TouchRequest,
     UnpinReply,
@@ -355,6 +358,22 @@ def done(attachment: Attachment, ns: Namespace, hashes: Sequence[bytes], keep: i
     blob = b"".join(hashes[-attachment.hashes_max(ns) :])
     reply = yield from call(DoneRequest(handle.ns, blob, keep), DoneReply)
     return reply.count
+
+
+def stopped(attachment: Attachment, ns: Namespace, hashes: Sequence[bytes], reason: StopReason) -> Steps[int]:
+    """Says how the answer stopped that these blocks end with; returns of how many blocks that is taken into account."""
+    handle = yield from open_namespace(attachment, ns)
+    blob = b"".join(hashes[-attachment.hashes_max(ns) :])
+    reply = yield from call(StoppedRequest(handle.ns, blob, reason), StoppedReply)
+    return reply.count
+
+
+def checked_reason(reason: StopReason) -> StopReason:
+    """Raises BadRequest unless it is one."""
+    try:
+        return StopReason(reason)
+    except ValueError as error:
+        raise BadRequest(f"no reason for an answer to stop: {error}") from error
 
 
 def checked_priority(priority: int) -> int:

@@ -13,11 +13,18 @@ from typing import Any, Protocol
 
 from forebay.client.core import checked_priority, kept_blocks, within_ms
 from forebay.kvstore.errors import BadRequest, ForebayError
+from forebay.kvstore.outcome import StopReason
 
 KEY = "forebay"
 """Of an engine's parameters for KV transfers, the one that is ours."""
 
+STOP_REASONS = {reason.name.lower(): reason for reason in StopReason}
+
 _log = logging.getLogger("forebay.client")
+
+
+STOPPED_NAMES = 16
+"""So many of a chain's last blocks are named where it is told how the answer stopped: one that is known is enough."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,17 +36,19 @@ class Hints:
     keep_tokens: of a prompt that is done, so many leading tokens are what other prompts begin with too.
     expect_s: within so long it will be continued; 0: nothing is known of that.
     priority: that its blocks are stored with, 0 to 3.
+    stop_reason: how its answer stopped, one of `STOP_REASONS` by name; empty: what the engine knows of that.
     """
 
     done: bool = False
     keep_tokens: int = 0
     expect_s: float = 0.0
     priority: int = 0
+    stop_reason: str = ""
 
     @property
     def has_ending(self) -> bool:
         """There is something to `tell` once the request has ended."""
-        return self.done or self.expect_s > 0
+        return bool(self.done or self.expect_s or self.stop_reason)
 
     def __post_init__(self) -> None:
         if type(self.done) is not bool:
@@ -50,6 +59,8 @@ class Hints:
             raise BadRequest(f"expect_s is a number of seconds, not {self.expect_s!r}")
         if self.expect_s:
             within_ms(self.expect_s)
+        if self.stop_reason not in ("", *STOP_REASONS):
+            raise BadRequest(f"stop_reason is one of {', '.join(STOP_REASONS)}, not {self.stop_reason!r}")
         if self.done and self.expect_s:
             raise BadRequest("done says that nobody will continue it, expect_s that somebody will")
 
@@ -59,6 +70,8 @@ NO_HINTS = Hints()
 
 class HintClient(Protocol):
     """What `tell` asks of a client; `forebay.client.Client` is one."""
+
+    def stopped(self, ns: Any, hashes: Sequence[bytes], reason: StopReason) -> int: ...
 
     def done(self, ns: Any, hashes: Sequence[bytes], keep: int = 0) -> int: ...
 
@@ -96,6 +109,8 @@ def tell(client: HintClient, ns: Any, hashes: Sequence[bytes], hints: Hints, kee
     Returns whether no error came of it.
     """
     try:
+        if hints.stop_reason:
+            client.stopped(ns, hashes[-STOPPED_NAMES:], STOP_REASONS[hints.stop_reason])
         if hints.done:
             client.done(ns, hashes, keep)
         if hints.expect_s:

@@ -40,6 +40,7 @@ from forebay.client.results import (
 from forebay.client.segments import SegmentTable
 from forebay.kvstore.errors import BadRequest, ForebayError, LayoutError, PeerLost, Timeout
 from forebay.kvstore.namespace import NamespaceSpec
+from forebay.kvstore.outcome import StopReason
 from forebay.kvstore.planner import NO_BACKLOG, Backlog
 from forebay.transports.messages import (
     CheckReply,
@@ -330,6 +331,15 @@ class Client:
         ns.check_hashes(hashes)
         keep = core.kept_blocks(keep)
         return self._run(lambda attachment: core.done(attachment, ns, hashes, keep), 0)
+
+    def stopped(self, ns: Namespace, hashes: Sequence[bytes], reason: StopReason) -> int:
+        """Hint: how the answer stopped that these blocks end with; when such conversations go on is learned by that.
+
+        Returns of how many blocks the daemon takes that into account, 0 where it evicts by recency alone.
+        """
+        ns.check_hashes(hashes)
+        reason = core.checked_reason(reason)
+        return self._run(lambda attachment: core.stopped(attachment, ns, hashes, reason), 0)
 
     def expect(self, ns: Namespace, hashes: Sequence[bytes], within_s: float) -> int:
         """Hint: these blocks will be asked for again within so long, as after a tool has run: keep them in memory.

@@ -16,11 +16,11 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import lcm
 from typing import Any
 
-from forebay.client.hints import NO_HINTS, HintReader, Hints
+from forebay.client.hints import NO_HINTS, STOPPED_NAMES, HintReader, Hints
 from forebay.client.vllm_backlog import EngineBacklog, prefill_of
 from forebay.client.vllm_layout import Geometry
 from forebay.client.vllm_leases import Chain, LeaseDesk, Question
@@ -221,18 +221,22 @@ class VllmScheduler:
         self._tracked.pop(request_id, None)
 
     def ending(self, request: Any) -> None:
-        """A request is about to be `finished`: what its caller knows goes to the workers, behind its last stores.
+        """A request is about to be `finished`: what is known of it goes to the workers, behind its last stores.
 
-        Of one that was aborted nothing is told: whoever asked may ask again.
+        Of one that was aborted no more is told than that: whoever asked may ask again.
         """
         tracked = self._tracked.get(str(request.request_id))
-        hints = tracked.hints if tracked is not None else NO_HINTS
-        if not hints.has_ending or getattr(getattr(request, "status", None), "name", "") not in _ANSWERED:
+        status = getattr(getattr(request, "status", None), "name", "")
+        if tracked is None or status not in _STOP_REASONS:
             return
+        hints = tracked.hints if status in _ANSWERED else NO_HINTS
+        hints = replace(hints, stop_reason=hints.stop_reason or _STOP_REASONS[status])
+        only_stop = not (hints.done or hints.expect_s)
         for group, geometry in enumerate(self._geometries):
             size = geometry.block_tokens
             names = geometry.names_of(request.block_hashes, 0, int(request.num_tokens) // size)
             names = names[geometry.needed_from(len(names) * size) // size :]
+            names = names[-STOPPED_NAMES:] if only_stop else names
             if names:
                 self._endings.append(Ending(group, tuple(names), hints, hints.keep_tokens // size))
 
@@ -337,8 +341,9 @@ def _computed(output: Any) -> dict[str, int]:
     return computed
 
 
-_ANSWERED = ("FINISHED_STOPPED", "FINISHED_LENGTH_CAPPED", "FINISHED_REPETITION")
-"""Names of vLLM's statuses of requests that came to their end."""
+_STOP_REASONS = {"FINISHED_STOPPED": "stop", "FINISHED_LENGTH_CAPPED": "length", "FINISHED_ABORTED": "abort"}
+"""By the names of vLLM's statuses. Whether it stopped for a tool is not known here: that is parsed later."""
+_ANSWERED = ("FINISHED_STOPPED", "FINISHED_LENGTH_CAPPED")
 
 
 def _parts(question: Question, block_ids: Sequence[Sequence[int]], end: int) -> Iterable[Part]:

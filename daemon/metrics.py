@@ -213,6 +213,7 @@ FAMILIES: tuple[Family, ...] = (
     _core("removed_blocks", "Blocks dropped on request"),
     _core("done_hints", "Hints that a conversation is over"),
     _core("done_blocks", "Blocks that went first by them"),
+    _core("stopped_hints", "Hints how an answer stopped"),
     _core("expect_hints", "Hints that a conversation will go on soon"),
     _core("expected_blocks", "Blocks kept by them"),
     _core("preferred_blocks", "Blocks stored with a priority above 0"),

@@ -13,7 +13,7 @@ from typing import Any
 
 from forebay.kvstore.errors import BadRequest
 from forebay.kvstore.groups import Shard
-from forebay.kvstore.outcome import Scope
+from forebay.kvstore.outcome import Scope, StopReason
 from forebay.kvstore.planner import Backlog
 from forebay.kvstore.store import Acquired, Store
 from forebay.transports import messages as m
@@ -61,6 +61,7 @@ class Verbs:
             m.RecordedRequest: self._recorded,
             m.ExplainRequest: self._explain,
             m.ExpectRequest: self._expect,
+            m.StoppedRequest: self._stopped,
         }
 
     def answer(self, session_id: int, request: m.Request, now: float) -> m.Reply:
@@ -151,6 +152,10 @@ class Verbs:
     def _expect(self, session_id: int, request: m.ExpectRequest, now: float) -> m.ExpectReply:
         hashes = self._hashes(session_id, request.ns, request.blob)
         return m.ExpectReply(self.store.expect(session_id, request.ns, hashes, request.within_ms / 1000, now))
+
+    def _stopped(self, session_id: int, request: m.StoppedRequest, now: float) -> m.StoppedReply:
+        hashes = self._hashes(session_id, request.ns, request.blob)
+        return m.StoppedReply(self.store.stopped(session_id, request.ns, hashes, StopReason(request.reason)))
 
     def _prefetch(self, session_id: int, request: m.PrefetchRequest, now: float) -> m.PrefetchReply:
         hashes = self._hashes(session_id, request.ns, request.blob)

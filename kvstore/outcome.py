@@ -24,6 +24,19 @@ class Outcome(IntEnum):
     """Less likely to be asked for again than every block that could make room for it."""
 
 
+class StopReason(IntEnum):
+    """How an engine's answer ended, as far as it says when the conversation goes on."""
+
+    STOP = 1
+    """The model had said what it had to say: the turn is its user's."""
+    TOOL_CALL = 2
+    """A tool is to be run, after which the conversation goes on by itself."""
+    LENGTH = 3
+    """It was cut off at the longest that was allowed."""
+    ABORT = 4
+    """Whoever asked does not wait for it any more."""
+
+
 class Scope(IntEnum):
     """How far an eviction on request reaches: the blocks named, all that continues them too, or the namespace."""
 

@@ -88,6 +88,7 @@ class Counters:
     removed_blocks: int = 0
     done_hints: int = 0
     done_blocks: int = 0
+    stopped_hints: int = 0
     expect_hints: int = 0
     expected_blocks: int = 0
     unexpected_blocks: int = 0

@@ -32,7 +32,7 @@ from forebay.kvstore.index import NO_ROW
 from forebay.kvstore.leases import Deadlines, Lease, Reservation, Session
 from forebay.kvstore.movement import Movement, NvmeConfig
 from forebay.kvstore.namespace import NamespaceSpec
-from forebay.kvstore.outcome import Outcome, Scope
+from forebay.kvstore.outcome import Outcome, Scope, StopReason
 from forebay.kvstore.physics import NOTHING_KNOWN, Physics, PhysicsConfig
 from forebay.kvstore.recording import Recorded, Recording
 from forebay.kvstore.restoration import FoundBlock, Owner, Restoration
@@ -476,6 +476,15 @@ class Store:
         self.counters.done_hints += 1
         self.counters.done_blocks += blocks
         return blocks
+
+    def stopped(self, session_id: int, ns: int, hashes: Sequence[bytes], reason: StopReason) -> int:
+        """Hint: how the answer stopped that ends with the last known of these blocks.
+
+        Returns of how many blocks that is taken into account: 0 where eviction goes by recency alone.
+        """
+        group = self.shard(session_id, ns).group
+        self.counters.stopped_hints += 1
+        return group.policies[HOST].stopped(hashes, reason)
 
     def expect(self, session_id: int, ns: int, hashes: Sequence[bytes], within_s: float, now: float) -> int:
         """Hint: these blocks will be asked for within so long; the leading ones stay in memory until then.

@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Self
 from forebay.kvstore.errors import BadRequest
 from forebay.kvstore.eviction import PRIORITY_MAX
 from forebay.kvstore.namespace import NamespaceSpec
-from forebay.kvstore.outcome import Scope
+from forebay.kvstore.outcome import Scope, StopReason
 
 PROTOCOL_VERSION = 3
 
@@ -81,6 +81,7 @@ class Verb(IntEnum):
     EXPLAIN = 24
     EXPECT = 25
     PINNED = 26
+    STOPPED = 27
 
 
 EvictScope = Scope
@@ -798,6 +799,26 @@ class ExpectReply(_CountReply):
 
 
 @dataclass(frozen=True, slots=True)
+class StoppedRequest(Request):
+    """Hint: how the answer stopped that ends with the last of these blocks; `reason` is a StopReason."""
+
+    verb = Verb.STOPPED
+    ns: int
+    blob: bytes
+    reason: int
+
+    def check(self) -> None:
+        check_int("ns", self.ns, 1, U63_MAX)
+        check_bytes("blob", self.blob, _BLOB_BYTES_MAX)
+        check_int("reason", int(self.reason) if type(self.reason) is StopReason else self.reason, 1, len(StopReason))
+
+
+@dataclass(frozen=True, slots=True)
+class StoppedReply(_CountReply):
+    """Blocks of which that is taken into account."""
+
+
+@dataclass(frozen=True, slots=True)
 class PinnedRequest(Request):
     """What of the daemon's memory GPUs of the session reach by themselves, and why other memory was not pinned."""
 
@@ -845,6 +866,7 @@ REQUESTS: dict[Verb, type[Request]] = {
         ExplainRequest,
         ExpectRequest,
         PinnedRequest,
+        StoppedRequest,
     )
 }
 
@@ -875,6 +897,7 @@ REPLIES: dict[Verb, type[Reply]] = {
     Verb.EXPLAIN: ExplainReply,
     Verb.EXPECT: ExpectReply,
     Verb.PINNED: PinnedReply,
+    Verb.STOPPED: StoppedReply,
 }
 
 REPLY_OF: dict[type[Request], type[Reply]] = {REQUESTS[verb]: reply for verb, reply in REPLIES.items()}

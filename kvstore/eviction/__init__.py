@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
+from forebay.kvstore.outcome import StopReason
+
 PRIORITY_MAX = 3
 PRIORITY_STEP = 4
 """A block of a priority is worth as much as so many of the priority below it, and kept accordingly longer."""
@@ -44,6 +46,12 @@ class EvictionPolicy(Protocol):
         """A hint: these rows of one chain, the deepest first, will not be asked for again, so they go first.
 
         Until a request names them, that is: then they are as others.
+        """
+
+    def stopped(self, names: Sequence[bytes], reason: StopReason) -> int:
+        """A hint: so stopped the answer that ends with the last of these blocks.
+
+        Returns of how many blocks that is taken into account.
         """
 
     def is_over(self, row: int) -> bool:

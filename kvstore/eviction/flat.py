@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from forebay.kvstore.eviction.policies import Place
+    from forebay.kvstore.outcome import StopReason
 
 
 class FlatPolicy:
@@ -43,6 +44,10 @@ class FlatPolicy:
 
     def demote(self, rows: Sequence[int]) -> None:
         """These policies know no hints."""
+
+    def stopped(self, names: Sequence[bytes], reason: StopReason) -> int:
+        del names, reason
+        return 0
 
     def is_over(self, row: int) -> bool:
         del row

@@ -1,10 +1,11 @@
 """Learned reuse hazard: the block goes that pays least for its place, by when blocks of its class come back.
 
 A block's class is what was seen of its use: how often requests left the path after it to continue otherwise (system
-prompts, documents), or else how many turns its conversation has had. Per class it is learned at which age blocks are
-asked for again, of ghosts too (`hazard_model`). The hazard of most classes rises to a peak and falls, so the least
-index is at one end of the ages: the candidates are the oldest and the newest piece of each class whose tail may go.
-Giving up the newest is what stops thrashing; of what is about to be stored it means not to store it (BYPASS).
+prompts, documents), or else how many turns its conversation has had and, where an engine tells, how the last of them
+stopped: an agent that runs a tool comes back sooner than who reads an answer. Per class it is learned at which age
+blocks are asked for again, of ghosts too (`hazard_model`). The hazard of most classes rises to a peak and falls, so the
+least index is at one end of the ages: the candidates are the oldest and the newest piece of each class whose tail may
+go. Giving up the newest is what stops thrashing; of what is about to be stored it means not to store it (BYPASS).
 
 Which blocks may go at all is the caller's answer. Where none of the candidates may, and before anything is learned, the
 victim is that of plain LRU, which is kept beside; so it is while LRU does better (`guard`). A request costs time in its
@@ -29,10 +30,13 @@ from forebay.kvstore.eviction.guard import LruGuard
 from forebay.kvstore.eviction.hazard_model import BINS, HORIZON_BIN, HORIZON_S, HazardModel, bin_of
 from forebay.kvstore.eviction.lru import LruPolicy
 from forebay.kvstore.eviction.pieces import NO_ROW, Piece, Pieces
+from forebay.kvstore.outcome import StopReason
 
 SHARED_CLASSES = 5
 TURN_CLASSES = 4
-CLASSES = SHARED_CLASSES + TURN_CLASSES
+STOP_CLASSES = 1 + len(StopReason)
+"""Each turn has a class for every way in which its answer may have stopped, and one where that is not known."""
+CLASSES = SHARED_CLASSES + TURN_CLASSES * STOP_CLASSES
 FINISHED = CLASSES
 """Not a class of its own: conversations of which somebody said that they are over."""
 
@@ -250,6 +254,19 @@ class HazardPolicy:
             self._given_up(piece, len(piece.names))
             self._pieces.label(piece, FINISHED, piece.touched)
 
+    def stopped(self, names: Sequence[bytes], reason: StopReason) -> int:
+        """What only this conversation uses of it belongs to another class from now on."""
+        known = self._pieces.known
+        piece = next((known[name] for name in reversed(names) if name in known), None)
+        if piece is None or piece.shared or piece.kind == FINISHED:
+            return 0
+        kind = _kind(0, piece.turn, reason)
+        if kind != piece.kind:
+            self._new_candidates()
+            self._given_up(piece, len(piece.names))
+            self._pieces.label(piece, kind, piece.touched)
+        return piece.live
+
     def is_over(self, row: int) -> bool:
         return self._lru.is_over(row)
 
@@ -374,7 +391,8 @@ class HazardPolicy:
         """The candidate with the least index, of which the tail may go."""
         for anew in (False, True):
             if anew or not self._ends:
-                sides = [(ring, old) for ring in self._pieces.rings for old in _SIDES]
+                used = [ring for ring in self._pieces.rings if ring.newer is not ring]
+                sides = [(ring, old) for ring in used for old in _SIDES]
                 self._ends = [end for ring, old in sides if (end := self._end(ring, old, evictable)) is not None]
                 heapify(self._ends)
             while self._ends:
@@ -474,8 +492,11 @@ def _shared_class(shared: int) -> int:
     return min(shared.bit_length(), SHARED_CLASSES - 1)
 
 
-def _kind(shared: int, turn: int) -> int:
-    return _shared_class(shared) if shared else SHARED_CLASSES + min(turn, TURN_CLASSES - 1)
+def _kind(shared: int, turn: int, stop: int = 0) -> int:
+    """`stop` is a StopReason, 0 where none is known."""
+    if shared:
+        return _shared_class(shared)
+    return SHARED_CLASSES + TURN_CLASSES * stop + min(turn, TURN_CLASSES - 1)
 
 
 def _length(piece: Piece) -> int:
@@ -488,8 +509,9 @@ def _kind_name(kind: int) -> str:
         return "finished"
     if kind < SHARED_CLASSES:
         return f"shared by {1 << kind >> 1} or more"
-    turn = kind - SHARED_CLASSES
-    return f"turn {turn} or later" if turn == TURN_CLASSES - 1 else f"turn {turn}"
+    stop, turn = divmod(kind - SHARED_CLASSES, TURN_CLASSES)
+    after = f", after {StopReason(stop).name.lower().replace('_', ' ')}" if stop else ""
+    return f"turn {turn}{' or later' if turn == TURN_CLASSES - 1 else ''}{after}"
 
 
 def _is_at(piece: Piece, depth: int, name: bytes | None) -> bool:

@@ -26,6 +26,7 @@ DECAY = 0.98
 """What is left, at a refresh, of all that was learned before."""
 
 _HAZARD_MAX = 0.999_999
+_NOTHING = [0.0] * BINS
 _EDGES_S = [0.0, *(FIRST_BIN_S * 2 ** (k / 2) for k in range(BINS))]
 
 
@@ -46,6 +47,7 @@ class HazardModel:
         """Blocks by the bin in which they were asked for again or given up for good."""
         self._index = [[0.0] * BINS for _ in range(classes)]
         self._hazards = [[0.0] * BINS for _ in range(classes)]
+        self._seen: set[int] = set()
 
     def value(self, kind: int, age_s: float) -> float:
         """The index of a block of this class and age, in 1/s; between the beginnings of two bins it is interpolated."""
@@ -58,26 +60,34 @@ class HazardModel:
     def returned(self, kind: int, age_s: float, blocks: int) -> None:
         """Blocks of a class were asked for again at this age."""
         at = bin_of(age_s)
+        self._seen.add(kind)
         self._returned[kind][at] += blocks
         self._ended[kind][at] += blocks
 
     def given_up(self, kind: int, age_s: float, blocks: int) -> None:
         """Blocks are forgotten, of which it is known only that they had not been asked for until this age."""
+        self._seen.add(kind)
         self._ended[kind][min(bin_of(age_s), HORIZON_BIN)] += blocks
 
     def refresh(self, waiting: Sequence[Sequence[float]]) -> None:
-        """Compute the indices anew; `waiting[class][bin]` are the blocks that are known and have that age."""
-        reached = [from_above(map(sum, zip(*pair, strict=True))) for pair in zip(self._ended, waiting, strict=True)]
-        all_returned = [sum(column) for column in zip(*self._returned, strict=True)]
-        all_reached = [sum(column) for column in zip(*reached, strict=True)]
-        pooled = [d / r if r else 0.0 for d, r in zip(all_returned, all_reached, strict=True)]
-        for kind, (came, were) in enumerate(zip(self._returned, reached, strict=True)):
-            hazards = shrunk(came, were, pooled)
-            self._hazards[kind] = hazards
-            self._index[kind] = gittins(hazards)
-        for sums in (*self._returned, *self._ended):
-            for at, value in enumerate(sums):
-                sums[at] = value * DECAY
+        """Compute the indices anew; `waiting[class][bin]` are the blocks that are known and have that age.
+
+        A class of which nothing was ever seen costs nothing: it is what all classes are.
+        """
+        self._seen.update(kind for kind, counts in enumerate(waiting) if any(counts))
+        seen = sorted(self._seen)
+        reached = {kind: from_above(map(sum, zip(self._ended[kind], waiting[kind], strict=True))) for kind in seen}
+        all_returned = [sum(column) for column in zip(*(self._returned[kind] for kind in seen), strict=True)]
+        all_reached = [sum(column) for column in zip(*reached.values(), strict=True)]
+        pooled = [d / r if r else 0.0 for d, r in zip(all_returned, all_reached, strict=True)] or _NOTHING
+        self._hazards = [shrunk(_NOTHING, _NOTHING, pooled)] * len(self._index)
+        self._index = [gittins(self._hazards[0])] * len(self._index)
+        for kind in seen:
+            self._hazards[kind] = shrunk(self._returned[kind], reached[kind], pooled)
+            self._index[kind] = gittins(self._hazards[kind])
+            for sums in (self._returned[kind], self._ended[kind]):
+                for at, value in enumerate(sums):
+                    sums[at] = value * DECAY
 
     def hazards(self, kind: int) -> list[float]:
         """By age bin: of what reaches it, the share that is asked for again in it."""

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from heapq import merge
 
 from forebay.kvstore.eviction import PRIORITY_MAX, PRIORITY_STEP
+from forebay.kvstore.outcome import StopReason
 
 _NO_PIECE = -1
 _OVER, _PLAIN = 0, 1
@@ -111,6 +112,11 @@ class LruPolicy:
             self._link_after(piece, self._rings[_OVER].older)
             at += len(piece.rows)
         self.look_again()
+
+    def stopped(self, names: Sequence[bytes], reason: StopReason) -> int:
+        """Recency knows no classes."""
+        del names, reason
+        return 0
 
     def is_over(self, row: int) -> bool:
         piece = self._find(row)

@@ -32,6 +32,7 @@ from forebay.kvstore.errors import (
     Timeout,
     UnknownNamespace,
 )
+from forebay.kvstore.outcome import StopReason
 from forebay.transports.messages import PersistReply, Verb
 from support.fake_daemon import SLOTS_PER_SLAB, FakeDaemon
 from support.live import LiveDaemon, eventually
@@ -207,6 +208,9 @@ def test_hints_pins_and_removals_answer_counts(make_shell: MakeShell, daemon: An
             shell.store(ns, hashes, table(paged()), priority=wrong)
         with pytest.raises(BadRequest, match="priority"):
             shell.reserve(ns, hashes, priority=wrong)
+    assert shell.stopped(ns, hashes, StopReason.TOOL_CALL) in (0, BLOCKS)
+    with pytest.raises(BadRequest, match="9 is not a valid StopReason"):
+        shell.stopped(ns, hashes, 9)
     assert shell.done(ns, hashes) == BLOCKS
     assert shell.done(ns, hashes, keep=2) == BLOCKS - 2
     for wrong in (-1, 1 << 31, 1.0):
@@ -855,6 +859,7 @@ def everything_misses(shell: Any, ns: Any) -> None:
     assert shell.persist(ns, hashes) == PersistResult(0, 0)
     assert (shell.pin(ns, hashes), shell.unpin(ns, hashes)) == (0, 0)
     assert (shell.touch(ns, hashes), shell.done(ns, hashes), shell.expect(ns, hashes, 1.0)) == (0, 0, 0)
+    assert shell.stopped(ns, hashes, StopReason.STOP) == 0
     assert shell.evict(ns, hashes).removed == 0
     assert shell.clear().removed == 0
     assert not shell.ping()

@@ -7,14 +7,19 @@ from typing import Any
 
 import pytest
 
-from forebay.client.hints import NO_HINTS, HintReader, Hints, tell
+from forebay.client.hints import NO_HINTS, STOPPED_NAMES, HintReader, Hints, tell
 from forebay.kvstore.errors import BadRequest, PeerLost
+from forebay.kvstore.outcome import StopReason
 
 
 class FakeClient:
     def __init__(self, error: Exception | None = None) -> None:
         self.told: list[tuple[Any, ...]] = []
         self.error = error
+
+    def stopped(self, ns: Any, hashes: Any, reason: StopReason) -> int:
+        self.told.append(("stopped", ns, hashes, reason))
+        return len(hashes)
 
     def done(self, ns: Any, hashes: Any, keep: int = 0) -> int:
         if self.error is not None:
@@ -54,6 +59,8 @@ def test_hints_are_read_from_whatever_comes_with_a_request(params: object, hints
         ({"done": 1}, "done is true or false"),
         ({"keep_tokens": -1}, "keep"),
         ({"keep_tokens": "many"}, "keep"),
+        ({"stop_reason": "bored"}, "stop_reason is one of stop, tool_call, length, abort"),
+        ({"stop_reason": []}, "stop_reason is one of"),
         ({"priority": 4}, "priority must be from 0 to 3"),
         ({"priority": True}, "priority must be from 0 to 3"),
         ({"expect_s": True}, "expect_s is a number"),
@@ -82,8 +89,13 @@ def test_each_hint_is_told_by_its_verb() -> None:
     client = FakeClient()
     assert tell(client, "ns", [b"a", b"b"], Hints(done=True, keep_tokens=16), 1)
     assert tell(client, "ns", [b"a"], Hints(expect_s=2.5), 0)
+    assert tell(client, "ns", [b"a"] * 20, Hints(stop_reason="tool_call"), 0)
     assert tell(client, "ns", [b"a"], NO_HINTS, 0)
-    assert client.told == [("done", "ns", [b"a", b"b"], 1), ("expect", "ns", [b"a"], 2.5)]
+    assert client.told == [
+        ("done", "ns", [b"a", b"b"], 1),
+        ("expect", "ns", [b"a"], 2.5),
+        ("stopped", "ns", [b"a"] * STOPPED_NAMES, StopReason.TOOL_CALL),
+    ]
 
 
 def test_a_daemon_that_does_not_answer_is_no_error() -> None:

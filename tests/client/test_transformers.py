@@ -29,6 +29,7 @@ from forebay.client.transformers import (  # noqa: E402
 )
 from forebay.kvstore.errors import ForebayError, PeerLost  # noqa: E402
 from forebay.kvstore.namespace import NamespaceSpec  # noqa: E402
+from forebay.kvstore.outcome import StopReason  # noqa: E402
 from forebay.transports.dma import DmaError  # noqa: E402
 from support.tiny import GREEDY, plain, prompt_of, tiny_model  # noqa: E402
 
@@ -88,6 +89,9 @@ class DictClient:
     def done(self, ns: Any, hashes: Sequence[bytes], keep: int = 0) -> int:
         self._maybe_raise("done")
         self.hinted.append((self._present(ns, hashes), keep))
+        return len(hashes)
+
+    def stopped(self, ns: Any, hashes: Sequence[bytes], reason: StopReason) -> int:
         return len(hashes)
 
     def expect(self, ns: Any, hashes: Sequence[bytes], within_s: float) -> int:

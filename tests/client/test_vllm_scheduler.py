@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from forebay.client.hints import STOPPED_NAMES, Hints
 from forebay.client.results import LookupResult
 from forebay.client.vllm_layout import Geometry
 from forebay.client.vllm_leases import LEASE_USE_S, LeaseDesk
@@ -491,10 +492,26 @@ def test_what_the_caller_knows_goes_behind_the_last_stores(rig: Rig) -> None:
     assert rig.scheduler.step(step_of()) == StepWork()
 
 
-@pytest.mark.parametrize("status", ["FINISHED_ABORTED", "FINISHED_ERROR", "FINISHED_IGNORED"])
-def test_of_a_request_that_did_not_end_by_itself_nothing_is_told(rig: Rig, status: str) -> None:
+@pytest.mark.parametrize("status", ["FINISHED_ERROR", "FINISHED_IGNORED"])
+def test_of_a_request_that_failed_nothing_is_told(rig: Rig, status: str) -> None:
     ended(rig, 4 * BLOCK, {"done": True}, status)
     assert rig.scheduler.step(step_of()) == StepWork()
+
+
+@pytest.mark.parametrize(
+    ("status", "given", "told"),
+    [
+        ("FINISHED_STOPPED", None, "stop"),
+        ("FINISHED_STOPPED", {"stop_reason": "tool_call"}, "tool_call"),
+        ("FINISHED_LENGTH_CAPPED", None, "length"),
+        ("FINISHED_ABORTED", {"done": True, "stop_reason": "stop"}, "abort"),
+    ],
+)
+def test_how_a_request_stopped_is_told_by_its_last_blocks(rig: Rig, status: str, given: Any, told: str) -> None:
+    """What its caller says of the end holds only where it came."""
+    request = ended(rig, 40 * BLOCK, given, status)
+    (ending,) = rig.scheduler.step(step_of()).endings
+    assert (ending.hints, ending.hashes) == (Hints(stop_reason=told), tuple(request.block_hashes[-STOPPED_NAMES:]))
 
 
 def test_wrong_hints_are_counted_and_requests_without_any_are_not(rig: Rig) -> None:
@@ -502,7 +519,7 @@ def test_wrong_hints_are_counted_and_requests_without_any_are_not(rig: Rig) -> N
     rig.scheduler.finished("r")
     assert rig.scheduler.take_counts() == {}
     ended(rig, 4 * BLOCK, {"done": "perhaps"})
-    assert rig.scheduler.step(step_of()) == StepWork()
+    assert [ending.hints for ending in rig.scheduler.step(step_of()).endings] == [Hints(stop_reason="stop")] * 2
     assert (rig.scheduler.take_counts(), rig.scheduler.take_counts()) == ({"ignored_hints": 1}, {})
 
 

@@ -22,6 +22,7 @@ from forebay.client.vllm_work import Ending, Load, Part, StepWork, Store
 from forebay.client.vllm_worker import STORE_PART_BLOCKS, VllmWorker, wait_for
 from forebay.kvstore.errors import Timeout
 from forebay.kvstore.namespace import NamespaceSpec
+from forebay.kvstore.outcome import StopReason
 from forebay.transports.messages import EvictScope
 from support.device_arrays import CudaTensor, LateDevices
 from support.fake_daemon import FakeDaemon
@@ -81,6 +82,9 @@ class FakeClient:
         if self.broken:
             raise RuntimeError("a bug in a client")
         self.hinted.append((ns.group, sum(name in self.blocks for name in hashes), keep))
+        return len(hashes)
+
+    def stopped(self, ns: Any, hashes: Sequence[bytes], reason: StopReason) -> int:
         return len(hashes)
 
     def expect(self, ns: Any, hashes: Sequence[bytes], within_s: float) -> int:

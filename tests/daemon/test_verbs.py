@@ -84,6 +84,7 @@ def test_every_verb_has_an_answer(verbs: Verbs) -> None:
         m.RecordRequest(ns, 1000, 10),
         m.RecordedRequest(),
         m.ExpectRequest(ns, BLOB, 1000),
+        m.StoppedRequest(ns, BLOB, 2),
         m.PinnedRequest(4096, "memlock"),
         m.ExplainRequest(ns, HASHES[0]),
         m.ClearRequest(True),

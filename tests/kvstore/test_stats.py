@@ -7,7 +7,7 @@ from dataclasses import FrozenInstanceError, asdict, fields
 
 import pytest
 
-from forebay.kvstore.outcome import Scope
+from forebay.kvstore.outcome import Scope, StopReason
 from forebay.kvstore.stats import Counters
 from support.core import World, chain, spec
 
@@ -68,6 +68,7 @@ def test_every_counter_counts() -> None:
     world.hits(chain("a", 4))
     world.store.expect(1, world.ns, chain("a", 3), 1.0, world.now)
     world.store.done(1, world.ns, chain("a", 3))
+    world.store.stopped(1, world.ns, chain("a", 3), StopReason.LENGTH)
     world.at(100.0)
     world.store.close_session(1)
     world.write(chain("d", 4), session=2)
@@ -94,6 +95,7 @@ def test_every_counter_counts() -> None:
         "removed_blocks": 4,
         "done_hints": 1,
         "done_blocks": 3,
+        "stopped_hints": 1,
         "expect_hints": 1,
         "expected_blocks": 1,
         "unexpected_blocks": 2,

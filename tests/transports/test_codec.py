@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from forebay.kvstore.errors import BY_CODE, BadRequest, ForebayError, TierFull, UnknownVerb, VersionMismatch
 from forebay.kvstore.namespace import NamespaceSpec
+from forebay.kvstore.outcome import StopReason
 from forebay.transports import codec
 from forebay.transports import messages as m
 from forebay.transports import packets as p
@@ -42,7 +43,7 @@ BLOB_REQUESTS = (
     *(m.LookupRequest, m.PinRequest, m.UnpinRequest, m.TouchRequest, m.PrefetchRequest),
     m.PersistRequest,
 )
-COUNT_REPLIES = (m.CommitReply, m.PinReply, m.UnpinReply, m.TouchReply, m.DoneReply, m.ExpectReply)
+COUNT_REPLIES = (m.CommitReply, m.PinReply, m.UnpinReply, m.TouchReply, m.DoneReply, m.ExpectReply, m.StoppedReply)
 OPEN_REPLIES = (m.OpenNamespaceReply, m.FindNamespaceReply)
 
 requests = st.one_of(
@@ -63,6 +64,7 @@ requests = st.one_of(
     st.builds(m.RecordRequest, u63, st.integers(1, m.RECORD_MS_MAX), u63),
     st.just(m.RecordedRequest()),
     st.builds(m.DoneRequest, u63, blobs, st.integers(0, m.U31_MAX)),
+    st.builds(m.StoppedRequest, u63, blobs, st.sampled_from(StopReason)),
     st.builds(m.ExpectRequest, u63, blobs, st.integers(1, m.EXPECT_MS_MAX)),
     st.builds(m.PinnedRequest, st.integers(0, m.U63_MAX), st.text(max_size=m.REFUSED_CHARS_MAX)),
     st.builds(m.ExplainRequest, u63, st.binary(min_size=16, max_size=32)),

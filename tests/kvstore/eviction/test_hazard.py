@@ -17,6 +17,7 @@ from forebay.kvstore.eviction.hazard import REFRESH_REQUESTS, STRIDE_MAX, Hazard
 from forebay.kvstore.eviction.lru import LruPolicy
 from forebay.kvstore.eviction.pieces import GHOSTS_MIN, GHOSTS_PER_BLOCK
 from forebay.kvstore.index import BlockIndex
+from forebay.kvstore.outcome import StopReason
 
 
 def names(label: str, length: int) -> list[bytes]:
@@ -86,7 +87,7 @@ class Cache:
         assert list(self.policy.check(self.resident())) == []
 
 
-ACTIONS = ("ask", "ask", "ask", "acquire", "more", "evict", "remove", "lease", "done", "wait")
+ACTIONS = ("stopped", "ask", "ask", "ask", "acquire", "more", "evict", "remove", "lease", "done", "wait")
 
 
 @settings(max_examples=300, deadline=None, derandomize=True, database=None)
@@ -114,6 +115,8 @@ def test_books_are_right_whatever_happens(data: st.DataObject) -> None:
             cache.leased &= set(cache.resident())
         elif action == "lease":
             cache.leased = set(rows)
+        elif action == "stopped":
+            cache.policy.stopped(chain, data.draw(st.sampled_from(StopReason)))
         elif action == "done":
             cache.policy.demote(rows[::-1])
         else:
@@ -175,6 +178,28 @@ def test_finished_conversation_goes_first() -> None:
     explained = cache.policy.explain(names("talk", 1)[0], 600.0)
     assert explained is not None
     assert explained.kind == "finished"
+
+
+def test_how_an_answer_stopped_makes_a_class_until_the_next_turn() -> None:
+    cache = Cache(50)
+    chain = names("a", 12)
+    cache.ask(chain[:4])
+    cache.ask(chain[:8])
+    assert cache.policy.stopped([*chain[:8], b"not known"], StopReason.TOOL_CALL) == 8
+    assert kind_of(cache, chain[0]) == "turn 1, after tool call"
+    cache.check()
+    cache.ask(chain)
+    assert kind_of(cache, chain[0]) == "turn 2"
+    cache.ask([*chain[:4], *names("b", 3)])
+    assert cache.policy.stopped(chain[:4], StopReason.STOP) == 0, "others share these"
+    assert cache.policy.stopped(names("none", 2), StopReason.STOP) == 0
+    cache.check()
+
+
+def kind_of(cache: Cache, name: bytes) -> str:
+    explained = cache.policy.explain(name, cache.now)
+    assert explained is not None
+    return explained.kind
 
 
 def test_a_place_pays_by_the_priority_of_what_is_in_it() -> None:

@@ -511,6 +511,10 @@ class FakeDaemon:
         space, hashes = self._hashes(request)
         return m.ExpectReply(len(space.leading(hashes)))
 
+    def _stopped(self, token: bytes, request: m.StoppedRequest) -> m.Reply:
+        space, hashes = self._hashes(request)
+        return m.StoppedReply(len(space.leading(hashes)))
+
     def _prefetch(self, token: bytes, request: m.PrefetchRequest) -> m.Reply:
         space, hashes = self._hashes(request)
         return m.PrefetchReply(len(space.leading(hashes)), 0)
