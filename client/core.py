@@ -390,7 +390,7 @@ def kept_blocks(keep: int) -> int:
     return keep
 
 
-def announce(attachment: Attachment, ns: Namespace, hashes: Sequence[bytes], within_ms: int) -> Steps[int]:
+def expect_blocks(attachment: Attachment, ns: Namespace, hashes: Sequence[bytes], within_ms: int) -> Steps[int]:
     """Says that leading blocks will be asked for again, until one is not kept; returns how many are."""
     handle = yield from open_namespace(attachment, ns)
     kept = 0

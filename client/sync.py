@@ -342,14 +342,15 @@ class Client:
         return self._run(lambda attachment: core.stopped(attachment, ns, hashes, reason), 0)
 
     def expect(self, ns: Namespace, hashes: Sequence[bytes], within_s: float) -> int:
-        """Hint: these blocks will be asked for again within so long, as after a tool has run: keep them in memory.
+        """Hint: these blocks will be asked for again within so long, as after a tool has run: keep them where they are.
 
-        Returns how many leading ones are kept: a quarter of what the namespace has in memory, at most. Raises
+        What is in memory stays there, what is on a drive alone stays on that, until the time has passed or this client
+        is closed. Returns how many leading ones are kept: a quarter of what the namespace has there, at most. Raises
         BadRequest unless it is from 0.001 to 3600 s.
         """
         ns.check_hashes(hashes)
         within_ms = core.within_ms(within_s)
-        return self._run(lambda attachment: core.announce(attachment, ns, hashes, within_ms), 0)
+        return self._run(lambda attachment: core.expect_blocks(attachment, ns, hashes, within_ms), 0)
 
     # Telling
 

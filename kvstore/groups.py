@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from enum import IntEnum
-from heapq import heappop, heappush
 
 from forebay.kvstore.eviction import BYPASS, EvictionPolicy
 from forebay.kvstore.eviction.policies import Place, PolicyMaker, lru
+from forebay.kvstore.expectations import SHARE, Expectations
 from forebay.kvstore.index import NO_ROW, BlockIndex
 from forebay.kvstore.namespace import NamespaceSpec
 from forebay.kvstore.slabs import QUARANTINED, RESERVED, RESIDENT, ShardSlots
@@ -17,9 +17,6 @@ from forebay.kvstore.stats import Counters, NamespaceStats
 HOST, NVME = 0, 1
 """Numbers of the tiers in an index: fastest first."""
 
-EXPECTED_SHARE = 0.25
-"""Of a namespace's blocks in memory, so many are kept for clients that said they would ask for them again."""
-_EXPECTATIONS_MAX = 4096
 _FORCED_LOOK = 64
 """Coldest rows that are looked at first, before all others are."""
 
@@ -193,10 +190,7 @@ class Group:
         self.evicted_unwritten = 0
         self._effects = effects
         self._counters = counters
-        self._expected: dict[bytes, float] = {}
-        """Names of blocks that stay in memory, and until when."""
-        self._expectations: list[tuple[float, list[bytes]]] = []
-        """A heap of what was asked for: until when, and for which names."""
+        self.expectations = Expectations(tiers)
         self.begin_anew()
 
     def begin_anew(self) -> None:
@@ -211,7 +205,7 @@ class Group:
         self._ending: dict[int, int] = {}
         """Rows whose writing has to end before their chain's end can be told to the policy; and what to keep of it."""
         self._nothing_evictable = [False] * self._tiers
-        self._expected.clear()
+        self.expectations = Expectations(self._tiers)
 
     def is_idle(self) -> bool:
         """No block is leased, pinned or being written, and no late writer may still write into a slot."""
@@ -249,7 +243,7 @@ class Group:
             return False
         if index.holds[row]:
             return None if len(self.policies) > 1 and index.is_coming_to(row, NVME) else False
-        if self._expected and self.is_expected(row):
+        if self.expectations.kept[HOST] and self.is_expected(row):
             return False
         return self.stays_without(row, HOST) or not index.has_child(row)
 
@@ -266,6 +260,8 @@ class Group:
         index = self.index
         if index.pinned[row] or index.holds[row]:
             return False
+        if self.expectations.kept[NVME] and self.is_expected(row, NVME):
+            return False
         return self.stays_without(row, NVME) or not index.has_child(row)
 
     def stays_without(self, row: int, tier: int) -> bool:
@@ -280,8 +276,7 @@ class Group:
         if self._nothing_evictable[tier]:
             return Room.NONE
         row = self.policies[tier].victim(self._may_leave(tier), newcomer)
-        if row is None and tier == HOST and self._expected:
-            self._expected.clear()  # a hint never costs a store
+        if row is None and self.expectations.give_up(tier):  # a hint never costs a store
             row = self.policies[tier].victim(self._may_leave(tier), newcomer)
         if row == BYPASS:
             return Room.DECLINED
@@ -363,41 +358,26 @@ class Group:
         is_over = self.policies[HOST].is_over
         return [row for row in rows if not is_over(row)]
 
-    def expect(self, rows: Sequence[int], until: float) -> int:
-        """Keep the leading blocks in memory until then; returns how many are: less than all beyond the share, none
-        where too many such calls are remembered. Else at least one is.
-        """
-        if len(self._expectations) >= _EXPECTATIONS_MAX:
-            return 0
-        room = max(1, int(EXPECTED_SHARE * (self.resident_bytes() // self.complete_bytes))) - len(self._expected)
-        kept: list[bytes] = []
-        for name in map(self.index.hashes.__getitem__, rows):
-            assert name is not None, "a complete block without a name"
-            room -= name not in self._expected
-            if room < 0:
-                break
-            self._expected[name] = max(until, self._expected.get(name, until))
-            kept.append(name)
-        if kept:
-            heappush(self._expectations, (until, kept))
-        return len(kept)
+    def expect(self, session_id: int, rows: Sequence[int], until: float) -> int:
+        """Keep the leading blocks where they are until then, for a session; returns how many are."""
+        hashes, index = self.index.hashes, self.index
+        names = ((hashes[row] or b"", HOST if index.is_in(row, HOST) else NVME) for row in rows)
+        room = [max(1, int(SHARE * (self.resident_bytes(tier) // self.complete_bytes))) for tier in range(self._tiers)]
+        return self.expectations.add(session_id, until, names, room)
 
     def end_expected(self, now: float) -> None:
         """Blocks whose time has come may go as others do."""
-        while self._expectations and self._expectations[0][0] <= now:
-            for name in heappop(self._expectations)[1]:
-                if self._expected.get(name, now) <= now:
-                    self._expected.pop(name, None)
+        self.expectations.expire(now)
         self._look_again()
 
-    def is_expected(self, row: int) -> bool:
-        """A client said that it will ask for this block, and its time has not passed."""
-        return self.index.hashes[row] in self._expected
+    def end_session(self, session_id: int) -> None:
+        """What it expected may go as others do."""
+        if self.expectations.end_session(session_id):
+            self._look_again()
 
-    @property
-    def expected_until(self) -> float | None:
-        """When `end_expected` has something to do."""
-        return self._expectations[0][0] if self._expectations else None
+    def is_expected(self, row: int, tier: int = HOST) -> bool:
+        """A client said that it will ask for this block, and its time has not passed."""
+        return self.index.hashes[row] in self.expectations.kept[tier]
 
     def prefer(self, row: int, priority: int) -> None:
         """A row that is about to be written gets a priority, until it leaves the host tier."""

@@ -181,6 +181,8 @@ class Store:
             self._end_lease(self._leases[lease_id])
         for reservation_id in list(session.reservations):
             self._give_up(self._reservations[reservation_id])
+        for group in self._groups.values():
+            group.end_session(session_id)
         recording = self.physics.recording
         if recording is not None and recording.session_id == session_id:
             self.physics.recording = None
@@ -487,14 +489,14 @@ class Store:
         return group.policies[HOST].stopped(hashes, reason)
 
     def expect(self, session_id: int, ns: int, hashes: Sequence[bytes], within_s: float, now: float) -> int:
-        """Hint: these blocks will be asked for within so long; the leading ones stay in memory until then.
+        """Hint: these blocks will be asked for within so long; the leading ones stay where they are until then.
 
-        Returns how many do: together at most `EXPECTED_SHARE` of what the namespace has in memory. A store that finds
-        no other room ends that, and so does no session.
+        Returns how many do: together at most a share of what the namespace has in a tier. The session's end is the end
+        of that, and so is a store that finds no other room (`expectations`).
         """
         group = self.shard(session_id, ns).group
         rows = group.index.walk(hashes)
-        kept = group.expect(rows, now + within_s)
+        kept = group.expect(session_id, rows, now + within_s)
         self.counters.expect_hints += 1
         self.counters.expected_blocks += kept
         self.counters.unexpected_blocks += len(rows) - kept
@@ -799,8 +801,9 @@ class Store:
 
     def _await_expected(self, ns: int, group: Group) -> None:
         self._expected_deadlines.remove(ns)
-        if group.expected_until is not None:
-            self._expected_deadlines.add(ns, group.expected_until)
+        until = group.expectations.until
+        if until is not None:
+            self._expected_deadlines.add(ns, until)
 
     def _stir(self, group: Group, now: float) -> None:
         self._last_asked_s = now
