@@ -1,15 +1,24 @@
-"""Hints come from the outside: right ones are told, wrong ones counted and logged once."""
+"""Hints come from the outside: right ones are told, wrong ones counted and logged once; what a daemon makes of them."""
 
 from __future__ import annotations
 
+import asyncio
 import logging
+from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 
+from forebay.client import AsyncClient, Client, NamespaceSpec, PrefixHasher
 from forebay.client.hints import NO_HINTS, STOPPED_NAMES, HintReader, Hints, tell
 from forebay.kvstore.errors import BadRequest, PeerLost
 from forebay.kvstore.outcome import StopReason
+from support.live import LiveDaemon, eventually
+
+SPEC = NamespaceSpec(model="m", revision="1", dtype="uint8", block_tokens=16, segment_bytes=(1 << 16,))
+SLAB_BYTES = 4 << 20
+BLOCKS = 128
 
 
 class FakeClient:
@@ -100,3 +109,69 @@ def test_each_hint_is_told_by_its_verb() -> None:
 
 def test_a_daemon_that_does_not_answer_is_no_error() -> None:
     assert not tell(FakeClient(PeerLost("gone")), "ns", [b"a"], Hints(done=True), 0)
+
+
+@pytest.fixture(params=["lru", "hazard"])
+def daemon(request: pytest.FixtureRequest) -> Iterator[LiveDaemon]:
+    """Room for 128 blocks."""
+    settings: dict[str, object] = {"host.slab_bytes": SLAB_BYTES, "host.eviction": request.param}
+    with LiveDaemon(settings, host_bytes=str(2 * SLAB_BYTES)) as live:
+        yield live
+        assert live.problems() == ()
+
+
+def chain(label: int, blocks: int) -> list[bytes]:
+    return PrefixHasher(SPEC).hashes(range(label * 1_000_000, label * 1_000_000 + 16 * blocks))
+
+
+def counters(client: Client) -> dict[str, int]:
+    found: dict[str, int] = client.status()["store"]["counters"]
+    return found
+
+
+def test_a_daemon_keeps_and_lets_go_by_what_it_is_told(daemon: LiveDaemon) -> None:
+    """Of 40 old blocks, 20 of a priority, 20 expected and 48 that are over, room for 56 more is made of the last."""
+    memory = np.zeros((BLOCKS, 1 << 16), np.uint8)
+    old, preferred, expected, over, new = chain(1, 40), chain(2, 20), chain(3, 20), chain(4, 48), chain(5, 56)
+    with Client(daemon.runtime_dir, strict=True) as client:
+        ns = client.open_namespace(SPEC)
+        assert client.store(ns, preferred, memory, priority=2).committed == 20
+        for names in (old, expected, over):
+            assert client.store(ns, names, memory).committed == len(names)
+        assert client.done(ns, over, keep=8) == 40
+        assert client.expect(ns, expected, 60.0) == 20
+        assert client.store(ns, new, memory).committed == 56
+        found = [client.lookup(ns, names).blocks for names in (preferred, old, expected, over, new)]
+        assert found == [20, 24, 20, 8, 56], "40 of what is over, then the oldest that nothing is known of"
+        seen = counters(client)
+        assert (seen["done_hints"], seen["done_blocks"], seen["expected_blocks"]) == (1, 40, 20)
+        assert (seen["preferred_blocks"], seen["unpreferred_blocks"]) == (20, 0)
+
+
+def test_what_a_client_expected_is_not_kept_when_it_has_gone(daemon: LiveDaemon) -> None:
+    memory = np.zeros((BLOCKS, 1 << 16), np.uint8)
+    with Client(daemon.runtime_dir, strict=True) as client:
+        ns = client.open_namespace(SPEC)
+        client.store(ns, chain(1, 20), memory)
+        with Client(daemon.runtime_dir, strict=True) as other:
+            assert other.expect(other.open_namespace(SPEC), chain(1, 20), 3600.0) == 5
+        eventually(lambda: client.status()["store"]["sessions"] == 1, "the other session has ended")
+        assert client.store(ns, chain(2, BLOCKS), memory).committed == BLOCKS
+        assert client.lookup(ns, chain(1, 20)).blocks == 0
+
+
+def test_an_asynchronous_client_tells_the_same(daemon: LiveDaemon) -> None:
+    async def talk() -> list[int]:
+        memory = np.zeros((BLOCKS, 1 << 16), np.uint8)
+        async with AsyncClient(daemon.runtime_dir, strict=True) as client:
+            ns = await client.open_namespace(SPEC)
+            stored = await client.store(ns, chain(1, 20), memory, priority=1)
+            told = await client.stopped(ns, chain(1, 20), StopReason.TOOL_CALL)
+            expected = await client.expect(ns, chain(1, 20), 5.0)
+            return [stored.committed, told, expected, await client.done(ns, chain(1, 20), 4)]
+
+    found = asyncio.run(talk())
+    with Client(daemon.runtime_dir, strict=True) as client:
+        seen = counters(client)
+    assert found == [20, 20 if daemon.settings["host.eviction"] == "hazard" else 0, 5, 16]
+    assert (seen["stopped_hints"], seen["preferred_blocks"], seen["expect_hints"], seen["done_hints"]) == (1, 20, 1, 1)

@@ -56,6 +56,11 @@ def expected(model: Path) -> list[list[int]]:
         return plain.ask(PROMPTS)
 
 
+def counters(client: Client) -> dict[str, int]:
+    found: dict[str, int] = client.status()["store"]["counters"]
+    return found
+
+
 def leases(daemon: LiveDaemon) -> int:
     with Client(daemon.runtime_dir, strict=True) as client:
         return int(client.status()["store"]["leases"])
@@ -287,7 +292,8 @@ def test_hints_of_a_request_reach_the_daemon_when_its_blocks_are_stored(
         first.ask([prompt_of(9)], hints={"done": "perhaps"})
         first.ask([prompt_of(10)])
         first.settle()
-        eventually(lambda: client.status()["store"]["counters"]["done_hints"] == 1, "the daemon was told")
+        eventually(lambda: counters(client)["stopped_hints"] == 2, "the daemon was told of all but the last request")
+        assert (counters(client)["done_hints"], counters(client)["done_blocks"]) == (1, WHOLE)
         assert first.scheduler.connector._planning._hints.ignored == 1
 
 
