@@ -46,7 +46,8 @@ def render(name: bytes, story: Story) -> str:
 def _users(story: Story) -> list[str]:
     leases = f"{story['leases']} leases"
     leases += f", the last for {story['lease_left_s']:.1f} s" if story["leases"] else ""
-    return [f"  held by    {leases}, {story['holds']} holds in all{', pinned' if story['pinned'] else ''}"]
+    marks = (", pinned" if story["pinned"] else "") + (f", priority {story['priority']}" if story["priority"] else "")
+    return [f"  held by    {leases}, {story['holds']} holds in all{marks}"]
 
 
 def _thought(story: Story) -> list[str]:

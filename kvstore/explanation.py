@@ -28,6 +28,7 @@ class BlockStory:
         depth: blocks before it in its prompt.
         tiers: where all shards of it lie; empty where some are being written, or nowhere.
         leases, lease_left_s: those that hold it, and the time of the last to end.
+        priority: that it was stored with, while it is in memory.
         holds: leases, copies and writers that keep it.
         leaving: whether it may leave memory, or why not.
         order: how many blocks would leave memory before it, None where that is more than `ORDER_MAX`.
@@ -42,6 +43,7 @@ class BlockStory:
     tokens: int
     tiers: tuple[str, ...]
     pinned: bool
+    priority: int
     holds: int
     leases: int
     lease_left_s: float
@@ -73,6 +75,7 @@ def explain(
         tokens=(index.depths[row] + 1) * group.spec.block_tokens,
         tiers=tuple(tier for level, tier in enumerate(tiers) if index.is_whole_in(row, level)),
         pinned=bool(index.pinned[row]),
+        priority=index.priorities[row],
         holds=index.holds[row],
         leases=len(holding),
         lease_left_s=max((lease.deadline - now for lease in holding), default=0.0),
@@ -89,7 +92,7 @@ def explain(
 def _ghost(physics: Physics, tiers: tuple[str, ...], thought: Explanation) -> BlockStory:
     """Not stored, but the policy remembers it."""
     return BlockStory(
-        False, 0, 0, (), False, 0, 0, 0.0, "", None, thought, thought.age_s, None,
+        False, 0, 0, (), False, 0, 0, 0, 0.0, "", None, thought, thought.age_s, None,
         physics.link_stats()[: len(tiers)], physics.prefill.line,
     )  # fmt: skip
 
@@ -118,7 +121,7 @@ def _leaving(group: Group, row: int) -> str:
         return "no, a client expects to ask for it"
     if not group.evictable(row):
         return "not before the blocks that continue it"
-    return "yes"
+    return "yes, before all others: its conversation is over" if group.policies[HOST].is_over(row) else "yes"
 
 
 def _order(group: Group, row: int) -> int | None:

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 
 from forebay.kvstore.errors import Forbidden
-from forebay.kvstore.eviction.policies import hazard
+from forebay.kvstore.eviction.policies import hazard, lru
 from forebay.kvstore.explanation import BlockStory
 from forebay.kvstore.physics import PhysicsConfig
 from support.core import World, chain
@@ -47,6 +47,17 @@ def test_place_users_and_order_of_a_stored_block() -> None:
     assert story(made, b[0]).leaving.startswith("not before")
     assert told.policy is not None
     assert "until 200 requests" in told.policy.reason
+
+
+@pytest.mark.parametrize("policy", [lru, hazard], ids=["lru", "hazard"])
+def test_what_hints_made_of_a_block_is_told(policy: object) -> None:
+    made = world(host_policy=policy)
+    made.commit(made.store.reserve(made.session, made.ns, b"", chain("a", 2), 0.0, priority=2))
+    made.write(chain("b", 2))
+    assert [story(made, chain(label, 2)[1]).priority for label in "ab"] == [2, 0]
+    made.store.done(made.session, made.ns, chain("b", 2))
+    assert story(made, chain("b", 2)[1]).leaving == "yes, before all others: its conversation is over"
+    assert story(made, chain("a", 2)[1]).leaving == "yes"
 
 
 def test_the_plan_is_of_the_prompt_that_ends_with_it_and_is_not_counted() -> None:

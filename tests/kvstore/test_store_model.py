@@ -38,7 +38,7 @@ from forebay.kvstore.eviction.hazard import HazardPolicy
 from forebay.kvstore.eviction.policies import Place
 from forebay.kvstore.groups import SlabOpened, SlabRetired
 from forebay.kvstore.namespace import NamespaceSpec
-from forebay.kvstore.outcome import Outcome, Scope
+from forebay.kvstore.outcome import Outcome, Scope, StopReason
 from forebay.kvstore.store import Acquired, Reserved, Store, StoreConfig
 
 LONG = settings.get_current_profile_name() == "long"
@@ -374,7 +374,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     # Reading
 
-    @rule(data=st.data(), hint=st.sampled_from(("lookup", "touch", "done")))
+    @rule(data=st.data(), hint=st.sampled_from(("lookup", "touch", "done", "stopped")))
     def read_without_lease(self, data: st.DataObject, hint: str) -> None:
         place = self.any_place(data)
         if place is None:
@@ -386,8 +386,10 @@ class StoreMachine(RuleBasedStateMachine):
             assert len(self.store.lookup(session, ns, self.names(paths), self.now)) == expected
         elif hint == "touch":
             assert self.store.touch(session, ns, self.names(paths), self.now) == expected
-        else:
+        elif hint == "done":
             assert 0 <= self.store.done(session, ns, self.names(paths)) <= len(paths)
+        else:
+            assert self.store.stopped(session, ns, self.names(paths), data.draw(st.sampled_from(StopReason))) >= 0
         self.settle()
 
     @rule(data=st.data(), ttl_s=st.sampled_from((1.0, 15.0, 500.0)))
@@ -494,9 +496,10 @@ class StoreMachine(RuleBasedStateMachine):
         asked = paths + paths[-1:] if twice else paths
         leading = model.leading(kind, asked)
         parent_name = name_of(parent) if parent else b""
+        priority = data.draw(st.sampled_from((0, 0, 1, 3)))
 
         def event() -> Reserved:
-            return self.store.reserve(session, ns, parent_name, self.names(asked), self.now)
+            return self.store.reserve(session, ns, parent_name, self.names(asked), self.now, priority=priority)
 
         if not self.draining and len(model.reservations) >= LIMITS.reservations_max:
             return self.refused(Busy, event)
