@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -42,6 +42,7 @@ try:
     import vllm
     from vllm.distributed.kv_transfer.kv_connector.v1.base import (
         KVConnectorBase_V1,
+        KVConnectorHandshakeMetadata,
         KVConnectorMetadata,
         KVConnectorRole,
         KVConnectorTransferResults,
@@ -60,6 +61,17 @@ class ForebayMetadata(StepWork, KVConnectorMetadata):
     """One step's work, as vLLM wants it typed."""
 
 
+@dataclass(frozen=True)
+class ForebayHandshake(KVConnectorHandshakeMetadata):
+    """What a worker tells the scheduler before the first request.
+
+    Attributes:
+        specs: the namespace that it uses for each cache group; None where its pipeline stage has no layer.
+    """
+
+    specs: tuple[NamespaceSpec | None, ...]
+
+
 class ForebayConnector(KVConnectorBase_V1, SupportsHMA):
     """See the module. Wrong settings and models that cannot be kept are typed errors when the engine starts."""
 
@@ -76,20 +88,22 @@ class ForebayConnector(KVConnectorBase_V1, SupportsHMA):
             options = replace(options, plan="always")
         refuse_unsupported(vllm_config.parallel_config)
         self._geometries = geometries_of(kv_cache_config, vllm_config.cache_config)
-        self._specs = _specs(vllm_config, kv_cache_config, self._geometries, role, own)
+        self._engine = _engine(vllm_config, role)
+        self._specs = _specs(vllm_config, kv_cache_config, self._geometries, self._engine, own)
         self._client = client_of(options)
         self._kv_caches: dict[str, Any] = {}
         events = getattr(vllm_config, "kv_events_config", None)
         self._tells = bool(events is not None and events.enable_kv_cache_events)
-        self._ledger = Ledger(self._specs[0].shard_size)
+        self._ledger = Ledger([self._engine.ranks] * len(self._specs))
         self._told: list[Notice] = []
+        self._told_specs: list[tuple[NamespaceSpec | None, ...]] = []
         self._scheduler: VllmScheduler | None = None
         self._worker: VllmWorker | None = None
         self._meter: PrefillMeter | None = None
         if role == KVConnectorRole.SCHEDULER:
             self._scheduler = VllmScheduler(
                 LeaseDesk(self._client),
-                self._namespaces(""),
+                self._asked_namespaces(""),
                 self._geometries,
                 wait_s=wait_ms / 1000,
                 give_up_s=options.timeout_ms / 1000,
@@ -97,14 +111,25 @@ class ForebayConnector(KVConnectorBase_V1, SupportsHMA):
                 stores=bool(transfer.is_kv_producer),
             )
         else:
-            block_bytes = [spec.block_bytes for spec in self._specs]
-            self._worker = VllmWorker(self._client, self._namespaces, block_bytes, self._specs[0].shard_rank)
-            if self._specs[0].shard_rank == 0:
+            block_bytes = [spec.block_bytes if spec else 0 for spec in self._specs]
+            rank = self._engine.stage * self._engine.ranks + self._engine.rank
+            self._worker = VllmWorker(self._client, self._own_namespaces, block_bytes, rank)
+            if rank == 0 and self._engine.stages == 1:  # of a pipeline one stage's time says too little
                 self._meter = PrefillMeter(self._client)
 
-    def _namespaces(self, reset: str) -> list[Any]:
-        """Each cache group's namespace after the reset of that name; empty: the first ones."""
-        return [self._client.open_namespace(_after_reset(spec, reset) if reset else spec) for spec in self._specs]
+    def _own_namespaces(self, reset: str) -> list[Any]:
+        """Each cache group's in a worker, after the reset of that name (empty: the first ones); None without layers."""
+        return [self._namespace(spec, reset) if spec else None for spec in self._specs]
+
+    def _asked_namespaces(self, reset: str) -> list[list[Any]]:
+        """Each cache group's in the scheduler: those of all stages with layers in it. None before they are told."""
+        if not self._told_specs and self._engine.stages > 1:
+            return []
+        stages = self._told_specs or [tuple(self._specs)]
+        return [[self._namespace(spec, reset) for spec in group if spec] for group in zip(*stages, strict=True)]
+
+    def _namespace(self, spec: NamespaceSpec, reset: str) -> Any:
+        return self._client.open_namespace(_after_reset(spec, reset) if reset else spec)
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -120,6 +145,18 @@ class ForebayConnector(KVConnectorBase_V1, SupportsHMA):
 
     def on_new_request(self, request: Any) -> None:
         self._planning.arrived(request)
+
+    def set_xfer_handshake_metadata_pp_aware(self, metadata: dict[tuple[int, int], Any]) -> None:
+        """The scheduler is given one stage's layers, and those not in full: the workers tell what they hold."""
+        told = {rank: each.specs for rank, each in metadata.items() if isinstance(each, ForebayHandshake)}
+        stages = [told[stage, 0] for stage in range(self._engine.stages) if (stage, 0) in told]
+        if len(stages) < self._engine.stages:
+            if self._engine.stages == 1:
+                return  # another connector's, under vLLM's MultiConnector
+            raise BadRequest("beside a connector with a handshake of its own forebay takes no pipeline parallelism")
+        self._told_specs = stages
+        self._ledger = Ledger([self._engine.ranks * sum(map(bool, group)) for group in zip(*stages, strict=True)])
+        self._planning.adopt(self._asked_namespaces(""))
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
         return self._planning.matched(request, num_computed_tokens)
@@ -152,7 +189,7 @@ class ForebayConnector(KVConnectorBase_V1, SupportsHMA):
         return self.request_finished(request, [])
 
     def reset_cache(self) -> bool | None:
-        self._planning.reset(self._namespaces)
+        self._planning.reset(self._asked_namespaces)
         return True
 
     # Worker
@@ -161,6 +198,12 @@ class ForebayConnector(KVConnectorBase_V1, SupportsHMA):
     def _moving(self) -> VllmWorker:
         assert self._worker is not None, "a worker's hook in the scheduler"
         return self._worker
+
+    def get_handshake_metadata(self) -> ForebayHandshake | None:
+        """None where the scheduler knows as much by itself: another connector beside this one may have its own."""
+        groups = self._kv_cache_config.kv_cache_groups
+        reduced = any(getattr(group.kv_cache_spec, "kv_cache_specs", None) for group in groups)
+        return ForebayHandshake(tuple(self._specs)) if reduced or self._engine.stages > 1 else None
 
     def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
         """Raises LayoutError, and DmaError where the caches are a GPU's and it cannot be used."""
@@ -174,7 +217,9 @@ class ForebayConnector(KVConnectorBase_V1, SupportsHMA):
         if self._kv_caches:
             self.register_kv_caches(self._kv_caches)
 
-    def _table(self, geometry: Geometry) -> SegmentTable:
+    def _table(self, geometry: Geometry) -> SegmentTable | None:
+        if not geometry.layers:
+            return None
         table = segment_table(layer_pages(self._kv_caches, geometry, self._kv_cache_config), geometry)
         if table.device is not None:
             self._client.prepare(table.device)
@@ -264,27 +309,39 @@ def _own_options(extra: Mapping[str, object]) -> tuple[dict[str, str], float]:
 
 
 def _specs(
-    vllm_config: Any, kv_cache_config: Any, geometries: Sequence[Geometry], role: Any, own: Mapping[str, str]
-) -> list[NamespaceSpec]:
-    specs = []
+    vllm_config: Any, kv_cache_config: Any, geometries: Sequence[Geometry], engine: Engine, own: Mapping[str, str]
+) -> list[NamespaceSpec | None]:
+    """Each cache group's; None where this stage of the pipeline has no layer of it."""
+    specs: list[NamespaceSpec | None] = []
     for index, geometry in enumerate(geometries):
         group = f"group-{index}-of-{len(geometries)}" if len(geometries) > 1 else ""
-        engine = _engine(vllm_config, geometry, role)
-        specs.append(namespace_spec(vllm_config, kv_cache_config, geometry, engine, own, group))
+        packed = engine
+        if engine.device == "cpu":
+            packed = replace(engine, packing=_cpu_packing(vllm_config, geometry))
+        has = bool(geometry.layers)
+        specs.append(namespace_spec(vllm_config, kv_cache_config, geometry, packed, own, group) if has else None)
     return specs
 
 
-def _engine(vllm_config: Any, geometry: Geometry, role: Any) -> Engine:
+def _engine(vllm_config: Any, role: Any) -> Engine:
     from vllm.platforms import current_platform
 
-    ranks, rank = int(vllm_config.parallel_config.tensor_parallel_size), 0
+    parallel = vllm_config.parallel_config
+    rank = stage = 0
     if role == KVConnectorRole.WORKER:
-        from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
+        from vllm.distributed.parallel_state import get_pp_group, get_tensor_model_parallel_rank
 
-        rank = int(get_tensor_model_parallel_rank())
-    device = str(current_platform.device_type)
-    packing = _cpu_packing(vllm_config, geometry) if device == "cpu" else str(current_platform.get_device_name())
-    return Engine(str(vllm.__version__), device, packing, _hash_seed(vllm_config), rank, ranks)
+        rank, stage = int(get_tensor_model_parallel_rank()), int(get_pp_group().rank_in_group)
+    return Engine(
+        version=str(vllm.__version__),
+        device=str(current_platform.device_type),
+        packing=str(current_platform.get_device_name()),
+        hash_seed=_hash_seed(vllm_config),
+        rank=rank,
+        ranks=int(parallel.tensor_parallel_size),
+        stage=stage,
+        stages=int(getattr(parallel, "pipeline_parallel_size", 1)),
+    )
 
 
 def _cpu_packing(vllm_config: Any, geometry: Geometry) -> str:

@@ -7,6 +7,9 @@ Nothing here imports vLLM or torch: its objects are read by their attributes, wh
 A hybrid model's layers are in several cache groups, each with a geometry and a namespace of its own. Full attention and
 sliding windows are taken; recurrent state, windows without any full attention and what only parts of vLLM know how to
 load are refused at start-up.
+
+Pipeline stages hold different layers, perhaps not as many, so each stage has namespaces of its own too, and a block
+counts when all stages have theirs. One namespace with a shard for each stage was rejected: shards are equally long.
 """
 
 from __future__ import annotations
@@ -55,7 +58,7 @@ class Geometry:
         block_tokens: tokens in a block.
         hash_step: how many of the engine's block hashes make one block; its name is the last of them.
         kinds: class, heads, head size and element type of each layer's cache, in words.
-        replicated: every rank holds the same bytes.
+        replicated: every tensor parallel rank holds the same bytes.
         window: tokens before the next one that the layers still look at; 0: all.
     """
 
@@ -69,12 +72,15 @@ class Geometry:
 
     @classmethod
     def of(cls, group: Any, hash_tokens: int) -> Geometry:
-        """Of one of vLLM's cache groups. Raises LayoutError: what cannot be kept block by block."""
+        """Of one of vLLM's cache groups, of which a pipeline stage may have no layer.
+
+        Raises LayoutError: what cannot be kept block by block.
+        """
         names = tuple(group.layer_names)
         whole = group.kv_cache_spec
         per_layer: Mapping[str, Any] = getattr(whole, "kv_cache_specs", None) or dict.fromkeys(names, whole)
         specs = [per_layer[name] for name in names]
-        windows = {_window(name, spec) for name, spec in zip(names, specs, strict=True)}
+        windows = {_window(name, spec) for name, spec in (per_layer or {"of another stage": whole}).items()}
         if len(windows) != 1:
             raise LayoutError(f"layers of one group look back {', '.join(map(str, sorted(windows)))} tokens (0: all)")
         tokens = int(whole.block_size)
@@ -128,7 +134,7 @@ def _refuse_special(group: Any) -> None:
         or not getattr(group, "enable_kv_transfer", True)
         or getattr(group.kv_cache_spec, "prefix_replay_tokens", 0)
     ):
-        raise LayoutError(f"the cache group of {group.layer_names[0]} is of a kind that forebay does not keep")
+        raise LayoutError(f"the cache group of layers {group.layer_names} is of a kind that forebay does not keep")
 
 
 def _window(layer: str, spec: Any) -> int:
@@ -157,6 +163,7 @@ class Engine:
         packing: how the device's attention packs a page, such as the instruction set on CPUs.
         hash_seed: what the engine's chain of block hashes starts from.
         rank, ranks: of the tensor parallel group.
+        stage, stages: of the pipeline.
     """
 
     version: str
@@ -165,6 +172,8 @@ class Engine:
     hash_seed: str
     rank: int
     ranks: int
+    stage: int = 0
+    stages: int = 1
 
 
 def namespace_spec(
@@ -205,6 +214,7 @@ def namespace_spec(
         shard_rank=engine.rank,
         shard_size=engine.ranks,
         shard_kind="replicated" if geometry.replicated else "sharded",
+        kv_group=f"stage-{engine.stage}-of-{engine.stages}" if engine.stages > 1 else "",
         tenant_salt=extra.get("tenant_salt", "").encode(),
         hash_scheme=f"vllm-{algorithm}-{_digest([engine.hash_seed])}-{geometry.hash_step}",
         hash_bytes=HASH_BYTES[algorithm],
@@ -214,10 +224,12 @@ def namespace_spec(
 
 
 def refuse_unsupported(parallel: Any) -> None:
-    """Raise BadRequest for parallelism in which a block is not one part per tensor parallel rank."""
-    for field in ("pipeline_parallel_size", "decode_context_parallel_size", "prefill_context_parallel_size"):
+    """Raise BadRequest where a block is not one part per rank, and all ranks of one node's daemon."""
+    for field in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         if int(getattr(parallel, field, 1) or 1) != 1:
-            raise BadRequest(f"{field} must be 1 with forebay")
+            raise BadRequest(f"{field} must be 1 with forebay: ranks that share out a block's tokens are not kept")
+    if int(getattr(parallel, "nnodes_within_dp", 1) or 1) != 1:
+        raise BadRequest("the ranks of an engine must be on one node with forebay: they share one daemon")
 
 
 def segment_table(pages: Sequence[Any], geometry: Geometry) -> SegmentTable:

@@ -55,10 +55,11 @@ class Chain:
     """A prompt's blocks in one cache group.
 
     Attributes:
+        namespaces: of each pipeline stage that has layers in the group; a block counts when it is in all of them.
         names: those that continue what the engine has computed already.
     """
 
-    ns: Any
+    namespaces: Sequence[Any]
     geometry: Geometry
     names: Sequence[bytes]
 
@@ -182,18 +183,20 @@ def _worth_loading(client: LeaseClient, question: Question, chain: Chain, end: i
     """Up to which token blocks are there, and come sooner than they are computed, in whole steps of the question."""
     size = chain.geometry.block_tokens
     names = chain.names[: (end - question.first) // size]
-    worth = min(client.lookup(chain.ns, names, question.backlog).worth_loading, len(names)) * size
+    plans = [client.lookup(ns, names, question.backlog) for ns in chain.namespaces]
+    worth = min([len(names), *(plan.worth_loading for plan in plans)]) * size
     return question.first + worth // question.step * question.step
 
 
 def _ask(client: LeaseClient, question: Question, chain: Chain, begin: int, end: int, held: list[HeldLease]) -> int:
-    """Up to which token blocks from `begin` to `end` are there, in whole steps of the question; adds the lease."""
+    """Up to which token blocks from `begin` to `end` are there, in whole steps of the question; adds the leases."""
     size = chain.geometry.block_tokens
     names = chain.names[(begin - question.first) // size : (end - question.first) // size]
-    lease = client.acquire(chain.ns, names, LEASE_TTL_MS)
-    held.append(lease)
-    there = min(len(lease), len(names)) * size
-    return max(question.first, (begin + there) // question.step * question.step)
+    for ns in chain.namespaces:
+        lease = client.acquire(ns, names, LEASE_TTL_MS)
+        held.append(lease)
+        names = names[: len(lease)]
+    return max(question.first, (begin + len(names) * size) // question.step * question.step)
 
 
 def _longest(question: Question) -> int:

@@ -1,11 +1,12 @@
-"""Which blocks forebay holds for an engine, as its ranks tell: one is there when all ranks have stored theirs.
+"""Which blocks forebay holds for an engine, as its ranks tell: one is there when all ranks that have layers of its
+group have stored theirs.
 
 Evictions are the daemon's and nobody tells of them: a block counts as there until a load has missed it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 WAITING_MAX = 1 << 16
@@ -29,9 +30,13 @@ class Notice:
 
 
 class Ledger:
-    """Puts the ranks' notices together."""
+    """Puts the ranks' notices together.
 
-    def __init__(self, ranks: int) -> None:
+    Args:
+        ranks: how many have layers in each cache group.
+    """
+
+    def __init__(self, ranks: Sequence[int]) -> None:
         self._ranks = ranks
         self._waiting: dict[tuple[int, bytes], set[int]] = {}
 
@@ -55,7 +60,7 @@ class Ledger:
         for name in notice.hashes:
             ranks = self._waiting.setdefault((notice.group, name), set())
             ranks.add(notice.rank)
-            if len(ranks) == self._ranks:
+            if len(ranks) == self._ranks[notice.group]:
                 del self._waiting[notice.group, name]
                 run.append(name)
                 continue

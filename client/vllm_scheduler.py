@@ -59,7 +59,8 @@ class VllmScheduler:
     """For the scheduler's thread.
 
     Args:
-        namespaces, geometries: of each cache group, in the engine's order.
+        namespaces, geometries: of each cache group, in the engine's order; of a group those of all pipeline stages that
+            have layers in it. Without any namespace everything is a miss.
         wait_s: the longest that the hooks of one step wait for the daemon's answers, taken together.
         give_up_s: a question unanswered for so long is a miss.
         loads, stores: whether this engine takes blocks from forebay, and gives it any.
@@ -68,7 +69,7 @@ class VllmScheduler:
     def __init__(
         self,
         desk: LeaseDesk,
-        namespaces: Sequence[Any],
+        namespaces: Sequence[Sequence[Any]],
         geometries: Sequence[Geometry],
         *,
         wait_s: float,
@@ -152,12 +153,12 @@ class VllmScheduler:
     def _chains(self, request: Any, first: int, last: int) -> tuple[Chain, ...]:
         """Each group's, between those tokens; none where the engine has hashed nothing there."""
         chains = []
-        for ns, geometry in zip(self._namespaces, self._geometries, strict=True):
+        for namespaces, geometry in zip(self._namespaces, self._geometries):
             size = geometry.block_tokens
             names = geometry.names_of(request.block_hashes, first // size, last // size)
             if not names:
                 return ()
-            chains.append(Chain(ns, geometry, names))
+            chains.append(Chain(namespaces, geometry, names))
         return tuple(chains)
 
     def _is_answered(self, asked: _Asked) -> bool:
@@ -246,7 +247,11 @@ class VllmScheduler:
         self._counted += ignored
         return {"ignored_hints": ignored} if ignored else {}
 
-    def reset(self, namespaces_of: Callable[[str], Sequence[Any]]) -> None:
+    def adopt(self, namespaces: Sequence[Sequence[Any]]) -> None:
+        """The workers have told what they hold, before any request."""
+        self._namespaces = namespaces
+
+    def reset(self, namespaces_of: Callable[[str], Sequence[Sequence[Any]]]) -> None:
         """Its weights may have changed: from now on this engine uses a namespace that no other has."""
         self._reset = secrets.token_hex(8)
         self._namespaces = namespaces_of(self._reset)

@@ -117,7 +117,8 @@ class VllmWorker:
     """For one rank. Methods are called by the engine's thread.
 
     Args:
-        namespaces_of: each cache group's namespace after the reset of that name; empty: the first ones.
+        namespaces_of: each cache group's namespace after the reset of that name; empty: the first ones. None where this
+            rank's pipeline stage has no layer of the group: its blocks are neither loaded nor stored here.
         block_bytes: of a block of each group.
         rank: for the notices.
     """
@@ -134,7 +135,7 @@ class VllmWorker:
         self._namespaces = namespaces_of("")
         self._reset = ""
         self._block_bytes = tuple(block_bytes)
-        self._tables: Sequence[SegmentTable] = ()
+        self._tables: Sequence[SegmentTable | None] = ()
         self._work = StepWork()
         self._lock = threading.Lock()
         self._jobs: set[_StoreJob] = set()
@@ -153,8 +154,11 @@ class VllmWorker:
         self._storer.start()
         self._closed = False
 
-    def register(self, tables: Sequence[SegmentTable]) -> None:
-        """Where each cache group's blocks lie. What may use them on a device is waited for by each job's `ready`."""
+    def register(self, tables: Sequence[SegmentTable | None]) -> None:
+        """Where each cache group's blocks lie; None for one without layers here.
+
+        What may use them on a device is waited for by each job's `ready`.
+        """
         self._tables = tables
 
     def unregister(self) -> None:
@@ -212,6 +216,8 @@ class VllmWorker:
     def start_stores(self, ready: Callable[[], object]) -> None:
         """`ready` returns when the device has written the step's blocks; it is called on another thread."""
         for store in self._work.stores:
+            if self._namespaces[store.group] is None:
+                continue
             job = _StoreJob(store, self._namespaces[store.group], ready, frozenset(store.block_ids))
             with self._lock:
                 if len(self._jobs) >= STORE_JOBS_MAX or self._closed:
@@ -287,10 +293,12 @@ class VllmWorker:
             right += blocks
             if blocks < len(part.hashes):
                 break
-        self._counts.add(loads=1, loaded_blocks=right, load_seconds=time.perf_counter() - begun)
+        self._counts.add(loads=1, load_seconds=time.perf_counter() - begun)
         return right
 
     def _load_part(self, part: Part, ns: Any) -> int:
+        if ns is None:
+            return len(part.hashes)
         assert self._tables, "loads before the caches were registered"
         result = self._client.fetch(ns, part.hashes, self._tables[part.group], part.block_ids, stream=None)
         if result.reason == "copy_timeout":
@@ -301,7 +309,7 @@ class VllmWorker:
             self._mark_bad(part.group, part.hashes[result.blocks])
         if result.blocks < len(part.hashes) and result.reason in LOST:
             self._tell(part.group, part.hashes[result.blocks :])
-        self._counts.add(loaded_bytes=result.blocks * self._block_bytes[part.group])
+        self._counts.add(loaded_blocks=result.blocks, loaded_bytes=result.blocks * self._block_bytes[part.group])
         return result.blocks
 
     def _ended(self, load: Load, future: Future[int]) -> None:

@@ -81,6 +81,7 @@ def stand_ins() -> dict[str, ModuleType]:
         f"{v1}.base": {
             "KVConnectorBase_V1": Base,
             "KVConnectorMetadata": type("KVConnectorMetadata", (), {}),
+            "KVConnectorHandshakeMetadata": type("KVConnectorHandshakeMetadata", (), {}),
             "KVConnectorRole": Role,
             "KVConnectorTransferResults": TransferResults,
             "SupportsHMA": type("SupportsHMA", (), {}),
@@ -92,7 +93,10 @@ def stand_ins() -> dict[str, ModuleType]:
         },
         f"{v1}.metrics": {"KVConnectorPromMetrics": Metrics, "KVConnectorStats": Stats},
         "vllm.platforms": {"current_platform": SimpleNamespace(device_type="cuda", get_device_name=lambda: "a device")},
-        "vllm.distributed.parallel_state": {"get_tensor_model_parallel_rank": lambda: 1},
+        "vllm.distributed.parallel_state": {
+            "get_tensor_model_parallel_rank": lambda: 1,
+            "get_pp_group": lambda: SimpleNamespace(rank_in_group=0),
+        },
         "vllm.utils.hashing": {"get_hash_fn_by_name": lambda name: name},
         "vllm.v1.core.kv_cache_utils": {
             "resolve_none_hash_seed": lambda function: "seed",
@@ -157,6 +161,106 @@ def test_both_halves_name_one_group_of_shards(connector_module: Any, tmp_path: P
     assert theirs.group_fingerprint() == ours.group_fingerprint()
     scheduler.shutdown()
     worker.shutdown()
+
+
+def staged(module: Any, role: Role, tmp_path: Path, stage: int, rank: int, layers: tuple[list[str], ...]) -> Any:
+    """A connector of a pipeline of two stages with two tensor parallel ranks; `layers` are those of each group."""
+    state = sys.modules["vllm.distributed.parallel_state"]
+    state.get_pp_group = lambda: SimpleNamespace(rank_in_group=stage)  # type: ignore[attr-defined]
+    state.get_tensor_model_parallel_rank = lambda: rank  # type: ignore[attr-defined]
+    config = vllm_config(tmp_path, {"scheduler_wait_ms": 100})
+    config.parallel_config.pipeline_parallel_size = 2
+    config.kv_events_config = SimpleNamespace(enable_kv_cache_events=True)
+    caches = kv_cache_config(SlidingWindowSpec)
+    for group, names in zip(caches.kv_cache_groups, layers, strict=True):
+        group.layer_names = names
+    return module.ForebayConnector(config, role, caches)
+
+
+def test_workers_tell_the_scheduler_what_each_stage_of_a_pipeline_holds(connector_module: Any, tmp_path: Path) -> None:
+    """The second stage has more layers of full attention, and none with a window."""
+    layers: tuple[tuple[list[str], ...], ...] = ((["a"], ["b"]), (["c", "d"], []))
+    ranks = [(stage, rank) for stage in range(2) for rank in range(2)]
+    workers = {
+        (stage, rank): staged(connector_module, Role.WORKER, tmp_path, stage, rank, layers[stage])
+        for stage, rank in ranks
+    }
+    scheduler = staged(connector_module, Role.SCHEDULER, tmp_path, 0, 0, layers[0])
+    request = SimpleNamespace(request_id="r", num_tokens=100, block_hashes=[b"h" * 32] * 6, num_preemptions=0)
+    assert scheduler._asked_namespaces("") == []
+    assert scheduler.get_num_new_matched_tokens(request, 0) == (0, False)
+    scheduler.set_xfer_handshake_metadata_pp_aware({at: workers[at].get_handshake_metadata() for at in ranks})
+    asked = scheduler._asked_namespaces("")
+    assert [[ns.block_bytes for ns in group] for group in asked] == [[PAGE, 2 * PAGE], [PAGE]]
+    for (stage, _), worker in workers.items():
+        own = worker._own_namespaces("")
+        assert own[0].group_fingerprint == asked[0][stage].group_fingerprint
+        assert (own[1] is None) == (stage == 1)
+    assert len({worker._own_namespaces("")[0].key for worker in workers.values()}) == 4
+    notices = [Notice(number, group, True, b"", (b"h",)) for group in range(2) for number in range(4 - 2 * group)]
+    told = scheduler._ledger.take(notices)
+    assert [notice.group for notice in told] == [0, 1]
+    for connector in (scheduler, *workers.values()):
+        connector.shutdown()
+
+
+def test_stage_without_layers_of_a_group_loads_and_stores_nothing_of_it(connector_module: Any, tmp_path: Path) -> None:
+    from forebay.client.vllm_work import Load, Part, Store
+    from support.live import eventually
+
+    connector = staged(connector_module, Role.WORKER, tmp_path, 1, 0, ([], ["b"]))
+    connector.register_kv_caches({"b": torch.zeros((BLOCKS, PAGE // 4))})
+    name = (b"h" * 32,)
+    work = connector_module.ForebayMetadata(
+        loads=(Load("r", (Part(0, name, (3,)),)),), stores=(Store("r", 0, b"", name, (3,)),)
+    )
+    connector.bind_connector_metadata(work)
+    connector.start_load_kv(None)
+    connector.wait_for_save()
+    found: list[Any] = []
+    eventually(
+        lambda: (
+            found.append(connector.get_transfer_results(set())) or bool(found[-1].finished_recving)  # type: ignore[func-returns-value]
+        ),
+        "the load has ended",
+    )
+    assert found[-1].failed_recving == set()
+    assert connector._moving.open_stores == 0
+    assert set(connector.get_kv_connector_stats().data) == {"loads", "load_seconds"}
+    connector.shutdown()
+
+
+def test_handshake_of_another_connector_is_nobodys_layers(connector_module: Any, tmp_path: Path) -> None:
+    """vLLM's MultiConnector hands the first connector's to all: then a pipeline cannot be served."""
+    worker, scheduler = (made(connector_module, role, tmp_path) for role in (Role.WORKER, Role.SCHEDULER))
+    assert worker.get_handshake_metadata() is None
+    scheduler.set_xfer_handshake_metadata_pp_aware({(0, 0): object()})
+    assert len(scheduler._asked_namespaces("")) == 1
+    pipeline = staged(connector_module, Role.SCHEDULER, tmp_path, 0, 0, (["a"], ["b"]))
+    with pytest.raises(BadRequest, match="pipeline parallelism"):
+        pipeline.set_xfer_handshake_metadata_pp_aware({(0, 0): object(), (1, 0): object()})
+    for connector in (worker, scheduler, pipeline):
+        connector.shutdown()
+
+
+def test_scheduler_asks_for_what_workers_hold_where_vllm_gives_it_one_layers_kind_for_all(
+    connector_module: Any, tmp_path: Path
+) -> None:
+    wide = FullAttentionSpec(block_size=BLOCK, page_size_bytes=2 * PAGE, dtype=torch.float32)
+    caches = kv_cache_config()
+    (group,) = caches.kv_cache_groups
+    narrow = group.kv_cache_spec
+    group.layer_names = ["a", "b"]
+    group.kv_cache_spec = SimpleNamespace(block_size=BLOCK, kv_cache_specs={"a": narrow, "b": wide})
+    worker = connector_module.ForebayConnector(vllm_config(tmp_path), Role.WORKER, caches)
+    handshake = worker.get_handshake_metadata()
+    group.kv_cache_spec = narrow
+    scheduler = connector_module.ForebayConnector(vllm_config(tmp_path), Role.SCHEDULER, caches)
+    scheduler.set_xfer_handshake_metadata_pp_aware({(0, 0): handshake})
+    ((ours,),), (theirs,) = scheduler._asked_namespaces("reset"), worker._own_namespaces("reset")
+    assert (ours.group_fingerprint, ours.block_bytes) == (theirs.group_fingerprint, 3 * PAGE)
+    worker.shutdown()
+    scheduler.shutdown()
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,7 @@ def engine_config(model: str = "a-model", **changes: Any) -> Any:
     fields = {"model": model, "revision": None, "dtype": torch.float32, "hf_config": config, "quantization": None}
     hashes = changes.pop("prefix_caching_hash_algo", "sha256")
     cache = SimpleNamespace(block_size=BLOCK, cache_dtype="auto", prefix_caching_hash_algo=hashes)
-    parallel = SimpleNamespace(pipeline_parallel_size=changes.pop("pipeline", 1))
+    parallel = SimpleNamespace(**changes.pop("parallel", {}))
     return SimpleNamespace(
         model_config=SimpleNamespace(**{**fields, **changes}), cache_config=cache, parallel_config=parallel
     )
@@ -202,9 +202,36 @@ def test_ranks_of_one_group_share_the_group_and_not_the_shard() -> None:
     assert specs[0].fingerprint() != specs[1].fingerprint()
 
 
-def test_pipelines_and_unknown_hashes_are_refused() -> None:
-    with pytest.raises(BadRequest, match="pipeline_parallel_size"):
-        fingerprint(engine_config(pipeline=2))
+def test_stages_of_a_pipeline_share_nothing() -> None:
+    known = [fingerprint(engine_config(), replace(ENGINE, stage=stage, stages=2)) for stage in (0, 1)]
+    assert len({*known, fingerprint(engine_config())}) == 3
+
+
+def test_group_without_layers_on_a_stage_keeps_its_blocks_and_window() -> None:
+    """Also where the group's layers are described one by one."""
+    whole = spec_of(SlidingWindowSpec, sliding_window=3 * BLOCK)
+    each = SimpleNamespace(block_size=BLOCK, kv_cache_specs={"c": whole, "d": whole})
+    for spec in (whole, each):
+        config = cache_config(spec_of(), spec)
+        config.kv_cache_groups[1].layer_names = []
+        _, empty = geometries(config)
+        assert (empty.layers, empty.block_tokens, empty.window) == ((), BLOCK, 3 * BLOCK - 1)
+
+
+@pytest.mark.parametrize(
+    ("field", "words"),
+    [
+        ("decode_context_parallel_size", "decode_context_parallel_size must be 1"),
+        ("prefill_context_parallel_size", "prefill_context_parallel_size must be 1"),
+        ("nnodes_within_dp", "one node"),
+    ],
+)
+def test_ranks_that_share_out_tokens_or_are_elsewhere_are_refused(field: str, words: str) -> None:
+    with pytest.raises(BadRequest, match=words):
+        fingerprint(engine_config(parallel={field: 2}))
+
+
+def test_unknown_hashes_are_refused() -> None:
     with pytest.raises(BadRequest, match="md5"):
         fingerprint(engine_config(prefix_caching_hash_algo="md5"))
 

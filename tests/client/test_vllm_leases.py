@@ -62,11 +62,11 @@ class Lease:
 
 
 def question(first: int = 0, last: int = BLOCKS, step: int = 1, **groups: Geometry) -> Question:
-    """About blocks `first` to `last` of BLOCK tokens."""
+    """About blocks `first` to `last` of BLOCK tokens; `a_b` is a group of two stages."""
     chains = []
     for ns, geometry in groups.items():
         size = geometry.block_tokens // BLOCK
-        chains.append(Chain(ns, geometry, geometry.names_of(NAMES, first // size, last // size)))
+        chains.append(Chain(ns.split("_"), geometry, geometry.names_of(NAMES, first // size, last // size)))
     return Question(tuple(chains), first * BLOCK, step * BLOCK, 0.0)
 
 
@@ -105,6 +105,19 @@ def test_the_plan_is_told_what_waits_for_the_engine() -> None:
     asked.backlog = backlog
     assert blocks_of(store, asked) == 70
     assert store.backlogs == [backlog]
+
+
+def test_block_counts_when_all_stages_of_a_pipeline_have_it() -> None:
+    store = Store(a=range(70), b=range(50), c=range(40, 50), d=range(44, 48))
+    assert blocks_of(store, question(a_b=FULL)) == 50
+    assert store.asked == [("a", 50), ("b", 50)]
+    assert blocks_of(store, question(b_a=FULL)) == 50
+    assert blocks_of(store, question(a_b=FULL, c=WINDOW)) == 50
+    assert blocks_of(store, question(a_b=FULL, c_d=WINDOW)) == 48
+    store.fails_after = len(store.asked) + 1
+    with pytest.raises(BadRequest):
+        hold(store, question(a_b=FULL))
+    assert store.held == 0
 
 
 def test_window_is_asked_only_for_what_comes_before_the_answer() -> None:

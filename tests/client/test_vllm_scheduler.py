@@ -86,7 +86,13 @@ class Rig:
         self.client, self.clock = FakeClient(stored), Clock()
         self.desk = LeaseDesk(self.client, self.clock)
         self.scheduler = VllmScheduler(
-            self.desk, ["ns", "other"][: len(groups)], groups, wait_s=wait_s, give_up_s=1.0, clock=self.clock, **options
+            self.desk,
+            [["ns"], ["other"]][: len(groups)],
+            groups,
+            wait_s=wait_s,
+            give_up_s=1.0,
+            clock=self.clock,
+            **options,
         )
 
     def admit(self, request: Any, computed: int = 0) -> int:

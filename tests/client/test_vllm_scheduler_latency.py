@@ -55,7 +55,7 @@ def new_step(request: Any, computed: int) -> Any:
 
 def measured(client: Client) -> tuple[list[float], list[float], list[int]]:
     """Milliseconds of each request's first question, of all its hooks up to its end, and the tokens promised."""
-    namespaces = [client.open_namespace(SPEC)]
+    namespaces = [[client.open_namespace(SPEC)]]
     scheduler = VllmScheduler(LeaseDesk(client), namespaces, [GEOMETRY], wait_s=0.0, give_up_s=PATIENT_S)
     first, total, answers = [], [], []
     for number in range(ASKED):
