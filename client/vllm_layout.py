@@ -4,9 +4,9 @@ The scheduler's process has to name the namespace before any worker has allocate
 vLLM's own `KVCacheConfig`, which both sides are given, and each worker then compares it with the tensors it really got.
 Nothing here imports vLLM or torch: its objects are read by their attributes, which keeps the rules testable without it.
 
-A hybrid model's layers are in several cache groups, each with a geometry and a namespace of its own. Full attention and
-sliding windows are taken; recurrent state, windows without any full attention and what only parts of vLLM know how to
-load are refused at start-up.
+A hybrid model's layers are in several cache groups, each with a geometry and a namespace of its own. Full attention,
+sliding windows and chunks are taken; recurrent state, windows without any full attention and what only parts of vLLM
+know how to load are refused at start-up.
 
 Pipeline stages hold different layers, perhaps not as many, so each stage has namespaces of its own too, and a block
 counts when all stages have theirs. One namespace with a shard for each stage was rejected: shards are equally long.
@@ -32,6 +32,7 @@ VERSION_MAX = (0, 33)
 
 FULL_ATTENTION = frozenset(("FullAttentionSpec", "MLAAttentionSpec"))
 SLIDING_WINDOW = "SlidingWindowSpec"
+CHUNKED = "ChunkedLocalAttentionSpec"
 REPLICATED = "MLAAttentionSpec"
 HASH_BYTES = {"sha256": 32, "sha256_cbor": 32, "xxhash": 16, "xxhash_cbor": 16}
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".gguf", ".json")
@@ -60,6 +61,7 @@ class Geometry:
         kinds: class, heads, head size and element type of each layer's cache, in words.
         replicated: every tensor parallel rank holds the same bytes.
         window: tokens before the next one that the layers still look at; 0: all.
+        chunk: tokens of the pieces that a prompt is cut into, where the layers look at the next token's piece only.
     """
 
     layers: tuple[str, ...]
@@ -69,6 +71,12 @@ class Geometry:
     kinds: tuple[str, ...]
     replicated: bool
     window: int = 0
+    chunk: int = 0
+
+    @property
+    def is_local(self) -> bool:
+        """The layers look at the end of a prompt only."""
+        return bool(self.window or self.chunk)
 
     @classmethod
     def of(cls, group: Any, hash_tokens: int) -> Geometry:
@@ -80,9 +88,9 @@ class Geometry:
         whole = group.kv_cache_spec
         per_layer: Mapping[str, Any] = getattr(whole, "kv_cache_specs", None) or dict.fromkeys(names, whole)
         specs = [per_layer[name] for name in names]
-        windows = {_window(name, spec) for name, spec in (per_layer or {"of another stage": whole}).items()}
-        if len(windows) != 1:
-            raise LayoutError(f"layers of one group look back {', '.join(map(str, sorted(windows)))} tokens (0: all)")
+        reaches = {_reach(name, spec) for name, spec in (per_layer or {"of another stage": whole}).items()}
+        if len(reaches) != 1:
+            raise LayoutError(f"layers of one group look back {', '.join(map(str, sorted(reaches)))} (window, chunk)")
         tokens = int(whole.block_size)
         if tokens % hash_tokens:
             raise LayoutError(f"blocks of {tokens} tokens are no multiple of the {hash_tokens} tokens that are hashed")
@@ -93,7 +101,7 @@ class Geometry:
             tokens // hash_tokens,
             tuple(map(_kind, specs)),
             all(type(spec).__name__ == REPLICATED for spec in specs),
-            windows.pop(),
+            *reaches.pop(),
         )
 
     def names_of(self, block_hashes: Sequence[bytes], first: int, last: int) -> list[bytes]:
@@ -103,9 +111,12 @@ class Geometry:
 
     def needed_from(self, computed_tokens: int) -> int:
         """The token with which the first block begins that is looked at once so many tokens are computed."""
-        if not self.window:
-            return 0
-        return max(0, computed_tokens - self.window) // self.block_tokens * self.block_tokens
+        first = 0
+        if self.window:
+            first = max(0, computed_tokens - self.window)
+        elif self.chunk:
+            first = computed_tokens // self.chunk * self.chunk
+        return first // self.block_tokens * self.block_tokens
 
 
 def geometries_of(kv_cache_config: Any, cache_config: Any) -> tuple[Geometry, ...]:
@@ -118,8 +129,8 @@ def geometries_of(kv_cache_config: Any, cache_config: Any) -> tuple[Geometry, ..
         if len(groups) == 1:
             raise
         raise LayoutError(f"{error}; --disable-hybrid-kv-cache-manager may make full attention of it") from error
-    if all(geometry.window for geometry in geometries):
-        raise LayoutError("all layers have sliding windows; forebay keeps such only in models with full attention too")
+    if all(geometry.is_local for geometry in geometries):
+        raise LayoutError("no layer has full attention; forebay keeps windows and chunks only beside such")
     if len(groups) > 1:
         for group in groups:
             _refuse_special(group)
@@ -137,14 +148,16 @@ def _refuse_special(group: Any) -> None:
         raise LayoutError(f"the cache group of layers {group.layer_names} is of a kind that forebay does not keep")
 
 
-def _window(layer: str, spec: Any) -> int:
-    """How far a layer looks back before the next token; 0 for full attention. Raises LayoutError."""
+def _reach(layer: str, spec: Any) -> tuple[int, int]:
+    """A layer's window and chunk, see `Geometry`. Raises LayoutError."""
     kind = type(spec).__name__
     if kind in FULL_ATTENTION:
-        return 0
-    if kind != SLIDING_WINDOW:
-        raise LayoutError(f"layer {layer} keeps {kind}; forebay keeps full attention, MLA and sliding windows only")
-    return max(1, int(spec.sliding_window) - 1 + int(getattr(spec, "extra_retained_tokens", 0) or 0))
+        return 0, 0
+    if kind == CHUNKED:
+        return 0, int(spec.attention_chunk_size)
+    if kind == SLIDING_WINDOW:
+        return max(1, int(spec.sliding_window) - 1 + int(getattr(spec, "extra_retained_tokens", 0) or 0)), 0
+    raise LayoutError(f"layer {layer} keeps {kind}; forebay keeps full attention, MLA, sliding windows and chunks only")
 
 
 def _kind(spec: Any) -> str:

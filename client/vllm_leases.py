@@ -1,8 +1,8 @@
 """Leases for the vLLM connector's scheduler, asked for and given back on a thread of their own.
 
 A model's layers may be in several cache groups, each with blocks of its own: full attention needs all of a prompt's, a
-sliding window only the last few. A question is about all groups at once, and its answer a number of tokens that every
-group can go on from, with leases of just the blocks which that takes.
+sliding window or a chunk only the last few. A question is about all groups at once, and its answer a number of tokens
+that every group can go on from, with leases of just the blocks which that takes.
 """
 
 from __future__ import annotations
@@ -153,14 +153,14 @@ def hold(client: LeaseClient, question: Question) -> tuple[int, Sequence[HeldLea
     try:
         tokens = question.first + _longest(question)
         for chain in question.chains:
-            if not chain.geometry.window and tokens > question.first:
+            if not chain.geometry.is_local and tokens > question.first:
                 tokens = _worth_loading(client, question, chain, tokens)
-            if not chain.geometry.window and tokens > question.first:
+            if not chain.geometry.is_local and tokens > question.first:
                 tokens = min(tokens, _ask(client, question, chain, question.first, tokens, held))
         for _ in range(WINDOW_ROUNDS_MAX):
             found = tokens
             for chain in question.chains:
-                if chain.geometry.window and found == tokens > question.first:
+                if chain.geometry.is_local and found == tokens > question.first:
                     begin = max(question.first, chain.geometry.needed_from(tokens))
                     found = _ask(client, question, chain, begin, tokens, windows)
             if found == tokens:
@@ -192,7 +192,7 @@ def _ask(client: LeaseClient, question: Question, chain: Chain, begin: int, end:
     """Up to which token blocks from `begin` to `end` are there, in whole steps of the question; adds the leases."""
     size = chain.geometry.block_tokens
     names = chain.names[(begin - question.first) // size : (end - question.first) // size]
-    for ns in chain.namespaces:
+    for ns in chain.namespaces if names else ():
         lease = client.acquire(ns, names, LEASE_TTL_MS)
         held.append(lease)
         names = names[: len(lease)]

@@ -334,8 +334,7 @@ class VllmScheduler:
             return None
         tracked.offered[group] = first + len(names)
         blocks = tuple(ids[first : first + len(names)])
-        orphans, priority = bool(geometry.window), tracked.hints.priority
-        return Store(id_, group, parent, tuple(names), blocks, orphans, priority)
+        return Store(id_, group, parent, tuple(names), blocks, geometry.is_local, tracked.hints.priority)
 
 
 def _computed(output: Any) -> dict[str, int]:

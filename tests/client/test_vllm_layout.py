@@ -39,6 +39,12 @@ class SlidingWindowSpec(SimpleNamespace):
     """Bears the name of vLLM's."""
 
 
+class ChunkedLocalAttentionSpec(SimpleNamespace):
+    """Bears the name of vLLM's."""
+
+    attention_chunk_size = 64
+
+
 class MambaSpec(SimpleNamespace):
     """Bears the name of vLLM's."""
 
@@ -99,17 +105,28 @@ def test_sliding_windows_are_groups_of_their_own() -> None:
     assert [window.needed_from(tokens) for tokens in (0, 16, 48, 54, 55, 64, 160)] == [0, 0, 0, 0, 16, 16, 112]
 
 
+def test_of_a_chunk_is_needed_what_comes_before_the_next_token() -> None:
+    """Nothing where the next token begins a chunk; a chunk may begin inside a block."""
+    _, chunk = geometries(cache_config(spec_of(), spec_of(ChunkedLocalAttentionSpec, attention_chunk_size=64)))
+    assert (chunk.is_local, chunk.window, chunk.chunk) == (True, 0, 64)
+    assert [chunk.needed_from(tokens) for tokens in (0, 48, 64, 80, 112, 128)] == [0, 0, 64, 64, 64, 128]
+    assert replace(chunk, chunk=40).needed_from(80) == 80
+    assert replace(chunk, chunk=40).needed_from(96) == 80
+    assert replace(chunk, chunk=40).needed_from(64) == 32
+
+
 def test_models_that_cannot_be_kept_are_refused_with_what_to_do() -> None:
     with pytest.raises(LayoutError, match=r"MambaSpec.*disable-hybrid-kv-cache-manager"):
         geometries(cache_config(spec_of(), spec_of(MambaSpec)))
     with pytest.raises(LayoutError, match="MambaSpec"):
         geometries(cache_config(spec_of(MambaSpec)))
-    with pytest.raises(LayoutError, match="all layers have sliding windows"):
-        geometries(cache_config(spec_of(SlidingWindowSpec, sliding_window=64)))
+    for alone in (spec_of(SlidingWindowSpec, sliding_window=64), spec_of(ChunkedLocalAttentionSpec)):
+        with pytest.raises(LayoutError, match="no layer has full attention"):
+            geometries(cache_config(alone))
     mixed = SimpleNamespace(
         block_size=BLOCK, kv_cache_specs={"a": spec_of(), "b": spec_of(SlidingWindowSpec, sliding_window=65)}
     )
-    with pytest.raises(LayoutError, match="look back 0, 64 tokens"):
+    with pytest.raises(LayoutError, match=r"look back \(0, 0\), \(64, 0\)"):
         geometries(cache_config(mixed))
 
 

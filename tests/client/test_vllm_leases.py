@@ -17,6 +17,7 @@ from support.live import eventually
 BLOCK, BLOCKS = 16, 100
 FULL = Geometry(("a",), (64,), BLOCK, 1, ("x",), False)
 WINDOW = Geometry(("b",), (64,), BLOCK, 1, ("x",), False, window=3 * BLOCK)
+CHUNK = Geometry(("b",), (64,), BLOCK, 1, ("x",), False, chunk=10 * BLOCK)
 WIDE = Geometry(("c",), (64,), 2 * BLOCK, 2, ("x",), False)
 NAMES = [bytes([i]) for i in range(BLOCKS)]
 
@@ -131,6 +132,16 @@ def test_window_with_a_gap_shortens_the_answer_to_before_the_gap() -> None:
     assert blocks_of(Store(a=range(70), b=range(66)), question(a=FULL, b=WINDOW)) == 66
     assert blocks_of(Store(a=range(70), b=range(60)), question(a=FULL, b=WINDOW)) == 60
     assert blocks_of(Store(a=range(70), b=range(0)), question(a=FULL, b=WINDOW)) == 0
+
+
+def test_chunk_is_asked_only_for_what_the_next_token_looks_at() -> None:
+    store = Store(a=range(75), b=range(70, 73))
+    assert blocks_of(store, question(a=FULL, b=CHUNK)) == 73
+    assert store.asked == [("a", 75), ("b", 5), ("b", 3)]
+    assert blocks_of(store, question(first=71, a=FULL, b=CHUNK)) == 73
+    boundary = Store(a=range(70), b=range(0))
+    assert blocks_of(boundary, question(a=FULL, b=CHUNK)) == 70
+    assert boundary.asked == [("a", 70)]
 
 
 def test_search_for_a_window_has_an_end() -> None:

@@ -24,7 +24,7 @@ if not _is_installed():
     )
 
 from tiny_llama import save_tiny  # noqa: E402
-from vllm_engine import BLOCK, TOKENS, WHOLE, engine, prompt_of  # noqa: E402
+from vllm_engine import BLOCK, PIPELINE, TOKENS, WHOLE, engine, prompt_of  # noqa: E402
 
 from forebay.client import Client  # noqa: E402
 from forebay.kvstore.errors import BadRequest  # noqa: E402
@@ -237,20 +237,11 @@ def test_two_tensor_parallel_ranks(model: Path, daemon: LiveDaemon, monkeypatch:
 def test_two_pipeline_stages_of_unequal_length(
     model: Path, daemon: LiveDaemon, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each stage keeps its own layers, and loses them together.
-
-    On CPUs vLLM allocates what passes between stages only in a trial run, which it makes only where it compiles.
-    """
+    """Each stage keeps its own layers in a namespace of its own."""
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
     monkeypatch.setenv("VLLM_PP_LAYER_PARTITION", "3,1")
-    args: dict[str, Any] = {
-        "pipeline_parallel_size": 2,
-        "distributed_executor_backend": "mp",
-        "enforce_eager": False,
-        "compilation_config": {"mode": 2, "backend": "eager"},
-    }
     for restored in (0, RESTORED):
-        with engine(model, daemon.runtime_dir, **args) as running:
+        with engine(model, daemon.runtime_dir, **PIPELINE) as running:
             assert running.ask(PROMPTS) == expected
             assert (running.restored(), running.computed()) == (restored, len(PROMPTS) * TOKENS - restored)
             assert running.planning.open_leases == 0

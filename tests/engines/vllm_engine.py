@@ -23,6 +23,13 @@ BLOCK = 32
 TOKENS = 1000
 WHOLE = (TOKENS - 1) // BLOCK
 POOL_BYTES = 64 << 20
+PIPELINE: dict[str, Any] = {
+    "pipeline_parallel_size": 2,
+    "distributed_executor_backend": "mp",
+    "enforce_eager": False,
+    "compilation_config": {"mode": 2, "backend": "eager"},
+}
+"""Two stages. On CPUs vLLM allocates what passes between them in a trial run, which it makes only where it compiles."""
 
 
 def prompt_of(seed: int, tokens: int = TOKENS) -> list[int]:
