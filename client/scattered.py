@@ -27,9 +27,24 @@ def stored(client: Client, ns: Namespace, hashes: Sequence[bytes]) -> list[bool]
 
     Blocking: one round trip when all are, two when none is, about ``2 k log n`` for k stretches among n blocks.
     """
+    return _behind(client, ns, hashes, client.lookup(ns, hashes).blocks) if hashes else []
+
+
+def worth_loading(client: Client, ns: Namespace, hashes: Sequence[bytes]) -> list[bool]:
+    """The same of blocks whose leading ones an engine loads, to compute the rest.
+
+    False for all from where, by the daemon's plan, computing is faster. Blocking: as `stored`.
+    """
     if not hashes:
         return []
-    leading = client.lookup(ns, hashes).blocks
+    answer = client.lookup(ns, hashes)
+    if answer.worth_loading < answer.blocks:
+        return [True] * answer.worth_loading + [False] * (len(hashes) - answer.worth_loading)
+    return _behind(client, ns, hashes, answer.blocks)
+
+
+def _behind(client: Client, ns: Namespace, hashes: Sequence[bytes], leading: int) -> list[bool]:
+    """Which blocks are stored, where it is known of the leading ones."""
     found = [True] * leading + [False] * (len(hashes) - leading)
     if leading + 1 < len(hashes):  # the first block behind those is known to be absent
         _mark(client, ns, hashes, found, leading + 1, len(hashes))

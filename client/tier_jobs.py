@@ -13,12 +13,15 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 from forebay.client import scattered
 from forebay.client.namespaces import Namespace
 from forebay.client.segments import SegmentTable
 from forebay.client.sync import Client
 from forebay.kvstore.errors import ForebayError, Timeout
+
+_Find: TypeAlias = Callable[[Client, Namespace, Sequence[bytes]], list[bool]]
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +113,7 @@ class Lane:
 
 @dataclass(slots=True)
 class _Request:
-    """What one request asked: key -> stored, or None while not known; and the chain that its stores go on."""
+    """What one request asked: key -> to be loaded, or None while not known; and the block that its stores go on."""
 
     verdicts: dict[bytes, bool | None] = field(default_factory=dict)
     parent: bytes = b""
@@ -123,26 +126,38 @@ class TierJobs:
         table: the engine's own memory, that loads write and stores read. The engine leaves a block alone until its
             job is finished.
         name_of: the hash in `ns` that stands for an engine's key; called on the lanes.
+        chain_of: which chain of blocks a key belongs to, of which the engine loads the leading ones and computes the
+            rest; empty for a key that it may want without those before it. Of a chain no more is told to be stored than
+            the daemon's plan finds worth loading.
     """
 
-    def __init__(self, client: Client, ns: Namespace, table: SegmentTable, name_of: Callable[[bytes], bytes]) -> None:
+    def __init__(
+        self,
+        client: Client,
+        ns: Namespace,
+        table: SegmentTable,
+        name_of: Callable[[bytes], bytes],
+        chain_of: Callable[[bytes], bytes],
+    ) -> None:
         self._client = client
         self._ns = ns
         self._table: SegmentTable | None = table
         self._name_of = name_of
+        self._chain_of = chain_of
         self._reading = Lane("forebay-tier-read", QUEUE_JOBS_MAX)
         self._writing = Lane("forebay-tier-write", QUEUE_JOBS_MAX)
         self._requests: dict[str, _Request] = {}
         self._askers: dict[bytes, dict[str, dict[bytes, bool | None]]] = {}
         """Key -> verdicts of each request that has one on it: what a job tells costs no walk over all requests."""
-        self._unasked: dict[str, list[bytes]] = {}
+        self._unasked: dict[tuple[str, bytes], list[bytes]] = {}
+        """Keys by request and chain, as the engine has asked for them."""
         self._finished: deque[Finished] = deque()
         self._answers: deque[tuple[str, Sequence[bytes], Sequence[bool]]] = deque()
 
     # Lookups
 
     def lookup(self, request_id: str, key: bytes) -> bool | None:
-        """Whether a block is stored; None: not known yet, ask again after the next `ask`."""
+        """Whether to load a block; None: not known yet, ask again after the next `ask`."""
         if self._answers:
             self._take_answers()
         request = self._requests.get(request_id)
@@ -154,22 +169,24 @@ class TierJobs:
         elif verdict is None and key not in request.verdicts:
             request.verdicts[key] = None
             self._askers.setdefault(key, {})[request_id] = request.verdicts
-            self._unasked.setdefault(request_id, []).append(key)
+            self._unasked.setdefault((request_id, self._chain_of(key)), []).append(key)
         return verdict
 
     def ask(self) -> None:
         """Send what `lookup` was asked since the last time; when there is no room for it, those are misses."""
         self._take_answers()
         unasked, self._unasked = self._unasked, {}
-        for request_id, keys in unasked.items():
+        for (request_id, chain), keys in unasked.items():
+            find = scattered.worth_loading if chain else scattered.stored
             for start in range(0, len(keys), LOOKUP_BLOCKS_MAX):
                 part = keys[start : start + LOOKUP_BLOCKS_MAX]
-                if not self._put_lookup(request_id, part):
+                if not self._put_lookup(request_id, part, find):
                     self._requests[request_id].verdicts.update(dict.fromkeys(part, False))
 
     def forget(self, request_id: str) -> None:
         """The request ended; jobs of it may still be under way."""
-        self._unasked.pop(request_id, None)
+        for asked in [asked for asked in self._unasked if asked[0] == request_id]:
+            del self._unasked[asked]
         request = self._requests.pop(request_id, None)
         for key in request.verdicts if request else ():
             askers = self._askers[key]
@@ -177,14 +194,15 @@ class TierJobs:
             if not askers:
                 del self._askers[key]
 
-    def _put_lookup(self, request_id: str, keys: list[bytes]) -> bool:
+    def _put_lookup(self, request_id: str, keys: list[bytes], find: _Find) -> bool:
         def given_up() -> None:
             self._answers.append((request_id, keys, [False] * len(keys)))
 
         def task() -> None:
             found = [False] * len(keys)
             try:
-                found = scattered.stored(self._client, self._ns, self._names(keys))
+                if self._client.options.plan != "never":
+                    found = find(self._client, self._ns, self._names(keys))
             except ForebayError as error:
                 log.warning("blocks were not looked up: %s: %s", type(error).__name__, error)
             finally:  # whatever happened: the engine asks until there is an answer

@@ -37,6 +37,9 @@ except ImportError as error:
         f"forebay.client.vllm_tier needs a vLLM with tiered offloading, 0.33 or newer ({error})"
     ) from error
 
+GROUP_BYTES = 4
+"""The end of vLLM's keys: the cache group."""
+
 log = logging.getLogger(__name__)
 
 
@@ -76,8 +79,9 @@ class ForebayTier(SecondaryTierManager):
         table = _table(primary_kv_view)
         spec = namespace_spec(offloading_spec.config, table.block_bytes, revision)
         spec.validate()
-        client = client_of(client_options({"plan": "always", **options}, name=f"vllm-tier {spec.model}"[:120]))
-        self._jobs = TierJobs(client, client.open_namespace(spec), table, _name)
+        client = client_of(client_options(options, name=f"vllm-tier {spec.model}"[:120]))
+        self._prefixes = _prefix_groups(offloading_spec.config.groups)
+        self._jobs = TierJobs(client, client.open_namespace(spec), table, _name, self._chain_of)
         self._row_bytes = table.block_bytes
         self._keys: dict[int, list[Any]] = {}
         self._events: list[Any] = []
@@ -92,6 +96,10 @@ class ForebayTier(SecondaryTierManager):
         if found is None:
             return LookupResult.RETRY
         return LookupResult.HIT if found else LookupResult.MISS
+
+    def _chain_of(self, key: bytes) -> bytes:
+        group = key[-GROUP_BYTES:]
+        return group if group in self._prefixes else b""
 
     def on_schedule_end(self, context: Any) -> None:
         self._jobs.ask()
@@ -185,6 +193,15 @@ def _table(view: memoryview) -> SegmentTable:
     if view.readonly or not view.c_contiguous or view.ndim != 2 or view.strides is None:
         raise LayoutError("vLLM's primary tier must be writable contiguous rows")
     return SegmentTable.packed(view, view.strides[0])
+
+
+def _prefix_groups(groups: Iterable[Any]) -> frozenset[bytes]:
+    """Those whose leading chunks vLLM loads, as its keys name them; of windows it wants the last ones."""
+    return frozenset(
+        int(group.group_id).to_bytes(GROUP_BYTES, "big")
+        for group in groups
+        if group.sliding_window_size_in_chunks is None
+    )
 
 
 def _name(key: bytes) -> bytes:

@@ -314,6 +314,28 @@ def test_full_queue_fails_at_once(daemon: FakeDaemon, monkeypatch: pytest.Monkey
         engine.tier.drain_jobs()
 
 
+def test_no_more_is_promised_than_the_plan_says_is_worth_loading(daemon: FakeDaemon) -> None:
+    """Of a window, whose last chunks are wanted, all that is stored."""
+    groups = tuple(
+        GROUP(tokens_per_block=16, layer_names=("layer",), group_id=number, sliding_window_size_in_chunks=window)
+        for number, window in ((0, None), (1, 2))
+    )
+    windows = [key(number, group=1) for number in range(2)]
+    spec = fake_vllm.spec(groups=groups)
+    with Engine(daemon, spec=spec) as engine, Engine(daemon, spec=spec, plan="always") as eager:
+        engine.store(1, KEYS, [0, 1, 2, 3])
+        engine.store(2, windows, [4, 5])
+        for worth in (3, 0):
+            daemon.worth = worth
+            found = engine.look([*KEYS, *windows], ReqContext(req_id=f"{worth}"))
+            assert found == [HIT] * worth + [MISS] * (4 - worth) + [HIT] * 2
+        assert eager.look([*KEYS, *windows]) == [HIT] * 6
+    with Engine(daemon, spec=spec, plan="never") as never:
+        asked = len(daemon.requests)
+        assert never.look([*KEYS, *windows]) == [MISS] * 6
+        assert len(daemon.requests) == asked
+
+
 def test_chain_goes_on_what_the_request_found(daemon: FakeDaemon) -> None:
     """The daemon then evicts the end of a conversation before its beginning."""
     with Engine(daemon) as engine:
@@ -393,7 +415,7 @@ APART: list[dict[str, Any]] = [
     {"canonical_layout": True},
     {"kv_cache_layout": "LBNHC"},
     {"worker_kv_bytes_per_block": 128},
-    {"groups": (GROUP(tokens_per_block=16, layer_names=("other",), group_id=0),)},
+    {"groups": (GROUP(tokens_per_block=16, layer_names=("other",), group_id=0, sliding_window_size_in_chunks=None),)},
 ]
 
 
@@ -457,7 +479,7 @@ def test_a_bug_in_a_lookup_is_a_miss_not_an_endless_retry(daemon: FakeDaemon, mo
     with Engine(daemon) as engine:
         engine.store(0, KEYS, [0, 1, 2, 3])
         with monkeypatch.context() as patched:
-            patched.setattr(tier_jobs.scattered, "stored", bug)
+            patched.setattr(tier_jobs.scattered, "worth_loading", bug)
             assert engine.look(KEYS) == [MISS] * 4
         assert engine.look(KEYS, ReqContext(req_id="later")) == [HIT] * 4
 

@@ -123,7 +123,11 @@ def spec(*, events: bool = False, **changed: Any) -> Any:
         return SimpleNamespace(**{key: changed.get(key, value) for key, value in values.items()})
 
     config = part(
-        groups=(SimpleNamespace(tokens_per_block=16, layer_names=("layer",), group_id=0),),
+        groups=(
+            SimpleNamespace(
+                tokens_per_block=16, layer_names=("layer",), group_id=0, sliding_window_size_in_chunks=None
+            ),
+        ),
         worker_kv_bytes_per_block=64,
         replicated_layout=False,
         canonical_layout=False,
