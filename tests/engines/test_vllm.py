@@ -24,7 +24,7 @@ if not _is_installed():
     )
 
 from tiny_llama import save_tiny  # noqa: E402
-from vllm_engine import BLOCK, PIPELINE, TOKENS, WHOLE, engine, prompt_of  # noqa: E402
+from vllm_engine import BLOCK, PIPELINE, TOKENS, WHOLE, engine, prompt_of, schedule_ahead  # noqa: E402
 
 from forebay.client import Client  # noqa: E402
 from forebay.kvstore.errors import BadRequest  # noqa: E402
@@ -147,6 +147,49 @@ def test_daemon_killed_before_a_load_costs_a_recompute(
         assert warm.ask(PROMPTS) == expected
         assert warm.metric("vllm:forebay_failed_blocks") == len(PROMPTS) * WHOLE
         assert warm.ask([prompt_of(3)]) is not None
+
+
+def test_daemon_killed_during_a_load_costs_at_most_a_recompute(
+    model: Path, daemon: LiveDaemon, expected: list[list[int]]
+) -> None:
+    """It dies when a lease is held and the first bytes are about to be copied."""
+    with engine(model, daemon.runtime_dir) as cold:
+        cold.ask(PROMPTS)
+    with engine(model, daemon.runtime_dir) as warm:
+        copier = warm.moving._client._copier
+        scatter = copier.scatter
+
+        def kill_then_copy(plan: Any) -> Any:
+            daemon.kill()
+            return scatter(plan)
+
+        copier.scatter = kill_then_copy
+        assert warm.ask(PROMPTS) == expected
+        moved = [warm.metric(f"vllm:forebay_{name}_blocks") for name in ("loaded", "failed")]
+        assert sum(moved) == len(PROMPTS) * WHOLE
+        assert moved[1] > 0
+        assert warm.planning.open_leases == 0
+
+
+def test_asynchronous_scheduling_gives_the_same_tokens(
+    model: Path, daemon: LiveDaemon, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step is scheduled before the one before it has ended; also with blocks taken from preempted requests."""
+    schedule_ahead(monkeypatch)
+    for restored in (0, RESTORED):
+        with engine(model, daemon.runtime_dir) as running:
+            assert type(running.scheduler).__name__ == "AsyncScheduler"
+            assert running.ask(PROMPTS) == expected
+            assert running.restored() == restored
+            running.settle()
+    prompts = [prompt_of(seed) for seed in range(10, 14)]
+    with engine(model, None, enable_prefix_caching=False) as plain:
+        expected = plain.ask(prompts, tokens=400)
+    for _ in range(2):
+        with engine(model, daemon.runtime_dir, kv_cache_memory_bytes=9 << 20) as small:
+            assert small.ask(prompts, tokens=400) == expected
+            assert small.metric("vllm:num_preemptions") > 0
+            assert small.planning.open_leases == 0
 
 
 def test_absent_daemon_changes_nothing(model: Path, tmp_path: Path, expected: list[list[int]]) -> None:
@@ -316,25 +359,39 @@ def test_hints_of_a_request_reach_the_daemon_when_its_blocks_are_stored(
         assert first.scheduler.connector._planning._hints.ignored == 1
 
 
-def test_many_mixed_requests_with_aborts_leave_nothing_behind(model: Path, daemon: LiveDaemon) -> None:
+@pytest.mark.parametrize("ahead", [False, True])
+def test_many_mixed_requests_with_aborts_leave_nothing_behind(
+    model: Path, daemon: LiveDaemon, monkeypatch: pytest.MonkeyPatch, ahead: bool
+) -> None:
+    """No lease, no slot, no byte, and no block of the engine's; also with asynchronous scheduling."""
     from vllm import SamplingParams
 
-    with engine(model, daemon.runtime_dir, kv_cache_memory_bytes=9 << 20) as running:
+    if ahead:
+        schedule_ahead(monkeypatch)
+    with engine(model, daemon.runtime_dir, kv_cache_memory_bytes=9 << 20, enable_prefix_caching=False) as running:
         core = running.llm.llm_engine
         free = running.scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
         parameters = SamplingParams(temperature=0, max_tokens=4, detokenize=False, ignore_eos=True)
-        live: list[str] = []
+        ended_in: set[str] = set()
         for number in range(1000):
             prompt = prompt_of(number % 37, 40 + number % 200)
-            live.append(str(core.add_request(f"r{number}", {"prompt_token_ids": prompt}, parameters)))
+            core.add_request(f"r{number}", {"prompt_token_ids": prompt}, parameters)
             if number % 3 == 0:
-                core.abort_request([f"r{number}"])
+                name = f"r{number - number // 3 % 6}"
+                requests = running.scheduler.requests
+                ended_in.update(requests[id_].status.name for id_ in requests if id_.startswith(f"{name}-"))
+                core.abort_request([name])
             core.step()
         while core.has_unfinished_requests():
             core.step()
         running.settle()
         core.step()
+        assert ended_in >= {"WAITING", "WAITING_FOR_REMOTE_KVS", "RUNNING"}
         assert (running.planning.open_leases, running.planning.tracked) == (0, 0)
         assert running.scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == free
         assert running.scheduler.requests == {}
         eventually(lambda: leases(daemon) == 0, "no lease is left")
+    with Client(daemon.runtime_dir, strict=True) as client:
+        assert client.clear().kept == 0
+        spaces = client.status()["store"]["namespaces"]
+        assert [(space["blocks"], space["resident_bytes"]) for space in spaces] == [(0, 0)]

@@ -45,7 +45,7 @@ def _scheduler(*args: Any, **kwargs: Any) -> Any:
 def _store(connector: Any, request: Any) -> None:
     """Its whole blocks, as another engine would have."""
     planning = connector._planning
-    for ns, geometry in zip(planning._namespaces, planning._geometries, strict=True):
+    for (ns,), geometry in zip(planning._namespaces, planning._geometries, strict=True):
         names = geometry.names_of(request.block_hashes, 0, len(request.block_hashes))
         connector._client.store(ns, names, np.zeros((len(names), ns.block_bytes), np.uint8))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ os.environ.update(
     VLLM_LOGGING_LEVEL="ERROR",
 )
 
+import pytest
 from vllm import LLM, SamplingParams
 
 BLOCK = 32
@@ -30,6 +31,28 @@ PIPELINE: dict[str, Any] = {
     "compilation_config": {"mode": 2, "backend": "eager"},
 }
 """Two stages. On CPUs vLLM allocates what passes between them in a trial run, which it makes only where it compiles."""
+
+
+def schedule_ahead(patch: pytest.MonkeyPatch) -> None:
+    """Asynchronous scheduling, which vLLM turns off on CPUs: on, with stand-ins for the streams that it copies on."""
+    import torch
+    from vllm.platforms.cpu import CpuPlatform
+
+    configure = CpuPlatform.check_and_update_config
+
+    def configure_ahead(config: Any) -> None:
+        configure(config)
+        config.scheduler_config.async_scheduling = True
+
+    def nothing(*args: Any, **kwargs: Any) -> None:
+        return None
+
+    for name in ("Stream", "Event"):
+        mark = type(name, (), {"__init__": nothing, **dict.fromkeys(("wait_stream", "record", "synchronize"), nothing)})
+        patch.setattr(torch.cuda, name, mark)
+    patch.setattr(torch.cuda, "current_stream", nothing)
+    patch.setattr(torch.cuda, "stream", nullcontext)
+    patch.setattr(CpuPlatform, "check_and_update_config", staticmethod(configure_ahead))
 
 
 def prompt_of(seed: int, tokens: int = TOKENS) -> list[int]:
