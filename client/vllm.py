@@ -114,7 +114,8 @@ class ForebayConnector(KVConnectorBase_V1, SupportsHMA):
         else:
             block_bytes = [spec.block_bytes if spec else 0 for spec in self._specs]
             rank = self._engine.stage * self._engine.ranks + self._engine.rank
-            self._worker = VllmWorker(self._client, self._own_namespaces, block_bytes, rank)
+            tells = self._engine.rank == 0
+            self._worker = VllmWorker(self._client, self._own_namespaces, block_bytes, rank, tells=tells)
             if rank == 0 and self._engine.stages == 1:  # of a pipeline one stage's time says too little
                 self._meter = PrefillMeter(self._client)
 

@@ -121,6 +121,7 @@ class VllmWorker:
             rank's pipeline stage has no layer of the group: its blocks are neither loaded nor stored here.
         block_bytes: of a block of each group.
         rank: for the notices.
+        tells: whether it passes hints on, for all ranks of its pipeline stage.
     """
 
     def __init__(
@@ -129,6 +130,8 @@ class VllmWorker:
         namespaces_of: Callable[[str], Sequence[Any]],
         block_bytes: Sequence[int],
         rank: int = 0,
+        *,
+        tells: bool = True,
     ) -> None:
         self._client = client
         self._namespaces_of = namespaces_of
@@ -145,6 +148,7 @@ class VllmWorker:
         self._failed_requests: set[str] = set()
         self._bad: dict[tuple[int, bytes], None] = {}
         self._rank = rank
+        self._tells = tells
         self._notices: deque[Notice] = deque(maxlen=NOTICES_MAX)
         self._counts = Counts()
         self._late = threading.Event()
@@ -200,10 +204,11 @@ class VllmWorker:
                 job.revoked = True
 
     def _queue_endings(self) -> None:
-        """One rank tells for all: the daemon knows the others' shards of its blocks."""
-        if self._rank == 0 and self._queue.qsize() < STORE_JOBS_MAX and not self._closed:
+        """One rank of a stage tells for all: the daemon knows the others' shards of its blocks."""
+        if self._tells and self._queue.qsize() < STORE_JOBS_MAX and not self._closed:
             for ending in self._work.endings:
-                self._queue.put(_Told(ending, self._namespaces[ending.group]))
+                if (namespace := self._namespaces[ending.group]) is not None:
+                    self._queue.put(_Told(ending, namespace))
 
     def start_loads(self, ready: Callable[[], object]) -> None:
         """`ready` returns when the device has done what it was given so far: it may still use the loads' blocks."""

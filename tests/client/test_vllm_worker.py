@@ -127,11 +127,11 @@ def names(first: int, last: int) -> tuple[bytes, ...]:
 
 
 class Rig:
-    def __init__(self, groups: int = 1, rank: int = 0) -> None:
+    def __init__(self, groups: int = 1, *, tells: bool = True) -> None:
         self.client, self.groups = FakeClient(), groups
         self.opened: list[str] = []
         self.kv = np.random.default_rng(0).integers(0, 256, (BLOCKS, BLOCK_BYTES)).astype(np.uint8)
-        self.worker = VllmWorker(self.client, self.namespaces, [BLOCK_BYTES] * groups, rank)
+        self.worker = VllmWorker(self.client, self.namespaces, [BLOCK_BYTES] * groups, tells=tells)
         self.worker.register([SegmentTable.of(self.kv)] * groups)
 
     def namespaces(self, reset: str) -> list[Any]:
@@ -441,8 +441,16 @@ def test_blocks_are_reserved_with_the_priority_of_their_store(rig: Rig) -> None:
     assert rig.client.priorities == [2, 2]
 
 
+def test_stage_without_layers_of_a_group_tells_nothing_of_it() -> None:
+    rig = Rig()
+    rig.worker._namespaces = [None]
+    rig.step(endings=(ending(),))
+    rig.worker.close()
+    assert rig.client.hinted == []
+
+
 def test_one_rank_tells_hints_for_all() -> None:
-    rig = Rig(rank=1)
+    rig = Rig(tells=False)
     rig.step(endings=(ending(),))
     rig.worker.close()
     assert rig.client.hinted == []
