@@ -13,13 +13,15 @@ holds back more of them for a moment.
 
 The interpreter lock is the scarce good here, so a thread's own work on a block is one unpacking, one comparison and two
 hashes, and hashing and I/O run without it. The daemon runs this in a process of its own (nvme_io_child.py), so that the
-owner thread has its lock for itself.
+owner thread has its lock for itself. Hashing and copying have all cores but one: on two cores that made reads faster,
+by a third of their CPU time, and lookups of what is in memory waited less beside them.
 """
 
 from __future__ import annotations
 
 import errno
 import logging
+import os
 import threading
 import time
 from array import array
@@ -280,6 +282,8 @@ class DriveIo:
         self._closed = False
         self._queue_depth = queue_depth
         self._may_put = threading.Semaphore(queue_depth)
+        self._may_work = threading.Semaphore(max(1, len(os.sched_getaffinity(0)) - 1))
+        """For hashing and copying: one core is left to those who ask for what is in memory."""
         threads = queue_depth + max(1, queue_depth // 2)
         self.load_meters = [Meter() for _ in range(threads)]
         self.write_meters = [Meter() for _ in range(threads)]
@@ -429,7 +433,8 @@ class DriveIo:
             whole = self._read(offset, passage, meter)
         finally:
             self._let_next_load(call)
-        again = [index for index, at in enumerate(run) if not whole or not self._check(part, at, passage, index)]
+        with self._may_work:
+            again = [index for index, at in enumerate(run) if not whole or not self._check(part, at, passage, index)]
         for index in again:
             block = blocks[run[index]]
             statuses[block] = IoStatus.IO_ERROR
@@ -516,8 +521,9 @@ class DriveIo:
         part, offset, run = call
         blocks, statuses = part.blocks, part.work.statuses
         passage = way.open([part.work.job.views[blocks[at]] for at in run])
-        for index, at in enumerate(run):
-            self._make_ready(part, at, passage, index)
+        with self._may_work:
+            for index, at in enumerate(run):
+                self._make_ready(part, at, passage, index)
         with self._may_put:
             began_s = time.perf_counter()
             status, reason, size = self._put(passage.buffers, offset)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -260,6 +261,37 @@ def test_read_that_hangs_keeps_no_other_back_for_long(reads: tuple[Rig, list[Loa
     assert rig.wait(stuck) == [OK]
 
 
+# --- the processor ---
+
+
+def test_hashing_leaves_a_core_to_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2})
+    rig = filled(tmp_path / "drive", 20)
+    inside, most, check = 0, 0, nvme_io.check_slot
+    counting, two_at_once = threading.Lock(), threading.Event()
+
+    def counted(*arguments: Any) -> Any:
+        nonlocal inside, most
+        with counting:
+            inside += 1
+            most = max(most, inside)
+            if inside == 2:
+                two_at_once.set()
+        two_at_once.wait(WAIT_S)
+        threading.Event().wait(0.005)  # time for a third
+        with counting:
+            inside -= 1
+        return check(*arguments)
+
+    monkeypatch.setattr(nvme_io, "check_slot", counted)
+    jobs = [rig.load_job([number]) for number in range(20)]
+    for job in jobs:
+        rig.tier.load(job)
+    assert [rig.wait(job) for job in jobs] == [[OK]] * 20
+    assert most == 2
+    rig.close()
+
+
 # --- failed writes ---
 
 
@@ -442,12 +474,13 @@ def test_next_load_is_at_the_drive_while_the_last_is_checked(narrow: Rig, monkey
         return check(*arguments)
 
     monkeypatch.setattr(io, "_check", slow)
+    begun = len(narrow.files.sizes)
     jobs = [narrow.load_job([number]) for number in (0, 2)]
     for job in jobs:
         narrow.tier.load(job)
     narrow.files.gate.set()
-    for _ in jobs:
-        assert checking.acquire(timeout=WAIT_S)
+    assert checking.acquire(timeout=WAIT_S)
+    narrow.until(lambda: len(narrow.files.sizes) == begun + 2)
     go_on.set()
     for job in jobs:
         assert narrow.wait(job) == [OK]
