@@ -22,7 +22,6 @@ STOP_REASONS = {reason.name.lower(): reason for reason in StopReason}
 
 _log = logging.getLogger("forebay.client")
 
-
 STOPPED_NAMES = 16
 """So many of a chain's last blocks are named where it is told how the answer stopped: one that is known is enough."""
 
@@ -32,11 +31,11 @@ class Hints:
     """Raises BadRequest where one is no value, or two contradict each other.
 
     Attributes:
-    done: nobody will continue the prompt and its answer.
-    keep_tokens: of a prompt that is done, so many leading tokens are what other prompts begin with too.
-    expect_s: within so long it will be continued; 0: nothing is known of that.
-    priority: that its blocks are stored with, 0 to 3.
-    stop_reason: how its answer stopped, one of `STOP_REASONS` by name; empty: what the engine knows of that.
+        done: nobody will continue the prompt and its answer.
+        keep_tokens: of a prompt that is done, so many leading tokens are what other prompts begin with too.
+        expect_s: within so long it will be continued; 0: nothing is known of that.
+        priority: that its blocks are stored with, 0 to 3.
+        stop_reason: how its answer stopped, one of `STOP_REASONS` by name; empty: what the engine knows of that.
     """
 
     done: bool = False

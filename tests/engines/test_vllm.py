@@ -205,9 +205,9 @@ def test_corrupt_block_is_computed_and_replaced(model: Path, daemon: LiveDaemon,
         client = cold.moving._client
         reserve = client.reserve
 
-        def recorded(ns: Any, hashes: Any, parent: bytes = b"") -> Any:
+        def recorded(ns: Any, hashes: Any, parent: bytes = b"", **options: Any) -> Any:
             stored.extend(hashes)
-            return reserve(ns, hashes, parent)
+            return reserve(ns, hashes, parent, **options)
 
         client.reserve = recorded
         assert cold.ask(PROMPTS[:1]) == expected[:1]
