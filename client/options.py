@@ -38,7 +38,8 @@ class ClientOptions:
             A store then reads what it wrote once more.
         plan: ``auto`` loads as much of what is stored as the daemon advises, ``always`` all of it, ``never`` nothing:
             what lookups' `worth_loading` says, which engines' connectors go by. With ``auto`` fetches also give up, and
-            leave the rest to be computed, when the drive takes three times as long as the daemon foresaw.
+            leave the rest to be computed, when the drive takes three times as long as the daemon foresaw, and longer
+            than a quarter of what computing takes.
     """
 
     runtime_dir: str | Path | None = None

@@ -190,9 +190,11 @@ class Physics:
         size = group.complete_bytes
         return self.links[NVME].eta_s(on_drive * size, size) if on_drive else 0.0
 
-    def soft_deadline_s(self, load_s: float) -> float:
-        """When to give up a load that should take so long; 0: never."""
-        return soft_deadline_s(load_s, self.prefill, self.config.mode)
+    def soft_deadline_s(self, group: Group, rows: Sequence[int], load_s: float) -> float:
+        """When to give up a load of these rows that should take so long; 0: never."""
+        tokens = group.spec.block_tokens
+        recompute_s = self.prefill.seconds(len(rows) * tokens, group.index.depths[rows[0]] * tokens)
+        return soft_deadline_s(load_s, recompute_s, self.config.mode)
 
     def granted(self, group: Group, hashes: Sequence[bytes], rows: Sequence[int], nvme_s: float, now: float) -> None:
         """The lease was given: nobody has to compute these blocks. The first of an engine's ranks counts for all."""

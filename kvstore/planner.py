@@ -26,8 +26,9 @@ _WAITING_SHARE = 0.25
 """How much of the prefill of one request each that waits is delayed, on average."""
 _PIECES = 8
 """Into so many parts the last run may be cut."""
-_SOFT_TIMES, _SOFT_MIN_S = 3.0, 0.02
-"""A load is given up after so many times what it was to take, but not within what any machine may be busy for."""
+_SOFT_TIMES, _SOFT_SHARE, _SOFT_MIN_S = 3.0, 0.25, 0.02
+"""A load is given up after so many times what it was to take, but not before so much of the time has gone by that
+computing takes, nor within what any machine may be busy for."""
 _FORGET = 0.98
 _PRIOR_SAMPLES = 2.0
 _TOKEN_SCALE = 1e-3
@@ -299,14 +300,16 @@ class Demand:
     depth: int = 0
 
 
-def soft_deadline_s(load_s: float, prefill: PrefillRate, mode: Mode) -> float:
+def soft_deadline_s(load_s: float, recompute_s: float, mode: Mode) -> float:
     """How long to wait for a load that was to take `load_s` before its rest is better computed; 0: as long as it takes.
 
-    That is where nothing is waited for, where the configuration decides, and where nothing is known of computing.
+    That is where nothing is waited for, where the configuration decides, and where nothing is known of computing, which
+    would take `recompute_s`. A quarter of that more is the most a wait in vain costs, unless the load was to take long;
+    giving up a load that is late by a moment may cost all of it.
     """
-    if load_s <= 0 or mode is not Mode.AUTO or not prefill.known:
+    if load_s <= 0 or mode is not Mode.AUTO or recompute_s <= 0:
         return 0.0
-    return max(_SOFT_MIN_S, _SOFT_TIMES * load_s)
+    return max(_SOFT_MIN_S, _SOFT_TIMES * load_s, _SOFT_SHARE * recompute_s)
 
 
 def plan(demand: Demand, prefill: PrefillRate, mode: Mode = Mode.AUTO) -> Plan:

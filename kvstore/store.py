@@ -289,7 +289,7 @@ class Store:
         soft_s = 0.0
         if lease.ready < len(rows):
             self.physics.expect(lease.lease_id, load_s, now)
-            soft_s = self.physics.soft_deadline_s(load_s)
+            soft_s = self.physics.soft_deadline_s(group, rows[lease.ready :], load_s)
         self._leases[lease.lease_id] = lease
         session.leases.add(lease.lease_id)
         self._lease_deadlines.add(lease.lease_id, deadline)

@@ -162,17 +162,21 @@ def test_prefill_samples_of_one_kind_say_nothing_absurd() -> None:
 
 
 def test_a_load_is_given_up_after_three_times_what_it_was_to_take() -> None:
-    assert soft_deadline_s(0.1, PREFILL, Mode.AUTO) == pytest.approx(0.3)
-    assert soft_deadline_s(0.0001, PREFILL, Mode.AUTO) == 0.02, "any machine may be busy for so long"
+    assert soft_deadline_s(0.1, 0.5, Mode.AUTO) == pytest.approx(0.3)
+    assert soft_deadline_s(0.0001, 0.01, Mode.AUTO) == 0.02, "any machine may be busy for so long"
+
+
+def test_a_load_that_spares_much_is_waited_for_longer() -> None:
+    assert soft_deadline_s(0.1, 8.0, Mode.AUTO) == pytest.approx(2.0)
 
 
 @pytest.mark.parametrize(
-    ("load_s", "prefill", "mode"),
-    [(0.0, PREFILL, Mode.AUTO), (0.1, PrefillRate(), Mode.AUTO), (0.1, PREFILL, Mode.ALWAYS)],
+    ("load_s", "recompute_s", "mode"),
+    [(0.0, 1.0, Mode.AUTO), (0.1, 0.0, Mode.AUTO), (0.1, 1.0, Mode.ALWAYS)],
     ids=["nothing is waited for", "nothing is known of computing", "the configuration decides"],
 )
-def test_some_loads_are_never_given_up(load_s: float, prefill: PrefillRate, mode: Mode) -> None:
-    assert soft_deadline_s(load_s, prefill, mode) == 0.0
+def test_some_loads_are_never_given_up(load_s: float, recompute_s: float, mode: Mode) -> None:
+    assert soft_deadline_s(load_s, recompute_s, mode) == 0.0
 
 
 def test_a_plan_for_512_blocks_is_quick() -> None:
