@@ -174,7 +174,8 @@ class NvmeConfig:
         "choice", "auto", "",
         "Whether what is read and written goes through small buffers beside the host's memory, one copy more: faster "
         "where a virtual disk's host copies every byte, slower where a drive reaches memory by itself. auto: on "
-        "virtio disks. `forebay bench nvme` measures what this machine has.",
+        "virtio disks. Each drive's buffers are 3 times nvme.queue_depth at most, each as large as a call: 2 MiB, or "
+        "a block of up to 9 MiB. `forebay bench nvme` measures what this machine has.",
         choices=("auto", "always", "never"),
     )  # fmt: skip
     io_nice: int = setting(
