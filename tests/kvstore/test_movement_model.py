@@ -686,7 +686,6 @@ class TwoTiersMachine(RuleBasedStateMachine):
             self.store.persist(session, shard.ns, names, self.now)
             self.settle()
             self.finish_all_jobs()
-        self.settle()
         others = [name_of((9, filler, depth)) for depth in range(self.rng.randint(4, 24))]
         for each in list(shard.group.shards.values()):
             reservation_id = 0
