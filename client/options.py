@@ -24,8 +24,8 @@ class ClientOptions:
         name: what the daemon's status calls this client, at most 128 characters.
         client_group: sessions of one engine that give the same 1 to 32 bytes may resolve each other's leases.
         strict: raise typed errors (for tools) instead of answering misses (for engines).
-        budget_ms: the longest a call may wait to find out that no daemon is there; where one hangs, now and then a
-            hundredth of the time since the last that did.
+        budget_ms: the longest a call may wait to find out that no daemon is there; where one hangs, one call after each
+            pause may wait a hundredth of that pause if it is longer: 50 ms every 5 s at most.
         timeout_ms: the longest a call waits for one answer of a daemon that is there, or for the next blocks of a
             lease to be read into memory.
         copy_threads: how many threads share a large copy, the calling one among them; 0: one per core this process

@@ -411,10 +411,11 @@ class DriveIo:
 
     def _is_overtaken(self) -> bool:
         """Whether the read that is longest at the drive has been overtaken by many, and not for too long."""
-        for number, since_s in self._begun.values():
-            overtaking = self._taken - number
-            return overtaking >= _OVERTAKING * self._queue_depth and time.monotonic() < since_s + OVERTAKEN_S
-        return False
+        if not self._begun:
+            return False
+        number, since_s = next(iter(self._begun.values()))
+        overtaking = self._taken - number
+        return overtaking >= _OVERTAKING * self._queue_depth and time.monotonic() < since_s + OVERTAKEN_S
 
     def _let_next_load(self, call: Call) -> None:
         """The drive has one call less to do, while its thread goes on to check what came."""

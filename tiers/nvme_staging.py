@@ -17,7 +17,7 @@ from typing import NamedTuple
 from forebay.tiers.nvme_format import PAGE
 
 STAGED_BYTES_MAX = 9 << 20
-"""Larger calls, each of one block, go straight: buffers that fill the caches gain nothing."""
+"""Larger calls, each of one block, go straight: up to 8 MiB it was measured to gain, and each thread has a buffer."""
 _HELD_BYTES_MAX = 64 << 10
 """Copied with the interpreter lock held: handing it over takes longer."""
 _NO_HEADER = bytes(PAGE)
