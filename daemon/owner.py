@@ -185,6 +185,12 @@ class Owner:
                 log.warning(warning)
         return failure
 
+    def hand_over(self) -> None:
+        """In the middle of an answer: what was decided is carried out, and its first transfers begin."""
+        self.carry_out()
+        if self._mover is not None:
+            self._mover.go_on(self.last_turn_s)
+
     def _has_more(self) -> bool:
         return self._mover is not None and self._mover.has_more
 

@@ -206,13 +206,22 @@ class Service:
     def _carry_out(self) -> None:
         self._owner.carry_out()
 
+    def _hand_over(self) -> None:
+        self._owner.hand_over()
+
     def _socket_mode(self) -> int:
         """Other users, where the configuration lets them in, come through the folder's group."""
         return 0o660 if self._config.access.allowed_uids else paths.SOCKET_MODE
 
     def _verbs(self, store: Store) -> Verbs:
         leases, limits = self._config.leases, self._config.limits
-        self._verb_table = Verbs(store, leases.ttl_ms / 1000, lambda: to_json(self._owner.snapshot()), limits.hashes)
+        self._verb_table = Verbs(
+            store,
+            leases.ttl_ms / 1000,
+            lambda: to_json(self._owner.snapshot()),
+            limits.hashes,
+            self._hand_over,
+        )
         return self._verb_table
 
     def _start_http(self) -> HttpServer:

@@ -27,13 +27,22 @@ class Verbs:
         lease_ttl_s: what a request that names no time gets.
         status: makes the status document.
         hashes_max: most hashes in one request.
+        hand_over: carries out what the store has decided, in the middle of a long lease.
     """
 
-    def __init__(self, store: Store, lease_ttl_s: float, status: Callable[[], str], hashes_max: int) -> None:
+    def __init__(
+        self,
+        store: Store,
+        lease_ttl_s: float,
+        status: Callable[[], str],
+        hashes_max: int,
+        hand_over: Callable[[], None],
+    ) -> None:
         self.store = store
         self.lease_ttl_s = lease_ttl_s
         self._status = status
         self._hashes_max = hashes_max
+        self._hand_over = hand_over
         self._by_type: dict[type[m.Request], Callable[[int, Any, float], m.Reply]] = {
             m.PingRequest: self._ping,
             m.OpenNamespaceRequest: self._open_namespace,
@@ -96,7 +105,7 @@ class Verbs:
     def _acquire(self, session_id: int, request: m.AcquireRequest, now: float) -> m.AcquireReply:
         hashes = self._hashes(session_id, request.ns, request.blob)
         ttl_s = request.ttl_ms / 1000 or self.lease_ttl_s
-        acquired = self.store.acquire(session_id, request.ns, hashes, ttl_s, now)
+        acquired = self.store.acquire(session_id, request.ns, hashes, ttl_s, now, self._hand_over)
         soft_us = min(int(acquired.soft_s * 1e6), m.REPORTED_MAX)
         return m.AcquireReply(acquired.lease_id, *_readable(acquired), soft_us)
 

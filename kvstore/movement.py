@@ -13,7 +13,7 @@ thousand blocks of 64 KiB a second would cost a core).
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from itertools import islice
@@ -195,6 +195,31 @@ class Movement:
 
     # Up
 
+    def fetch(self, lease: Lease, groups: Collection[Group], now: float, hand_over: Callable[[], None]) -> int:
+        """Bring a lease's blocks to host memory, as many leading ones as there is room for; returns how many.
+
+        To find room for a block takes microseconds, for thousands of them as long as the drives take for many. So what
+        was decided is handed over part by part, for the drives to begin. That may cut the lease short, or even end it.
+        """
+        group, rows = lease.group, lease.rows
+        if group.index.count_by_tier(rows)[HOST] == len(rows):
+            lease.ready = len(rows)
+            return len(rows)
+        stride = max(1, self.config.ahead_bytes * self.config.drives // group.complete_bytes)
+        covered = 0
+        for first in range(0, len(rows), stride):
+            if first:
+                hand_over()
+                if lease.total < len(rows) or lease.lease_id not in self._leases:
+                    break
+            part = rows[first : first + stride]
+            covered += self.promote(group, part, lease, groups, now)
+            if covered < first + len(part):
+                left = rows[covered:]
+                self._counters.promotions_full_blocks += len(left) - group.index.count_by_tier(left)[HOST]
+                break
+        return covered
+
     def promote(
         self, group: Group, rows: Sequence[int], lease: Lease | None, groups: Collection[Group], now: float
     ) -> int:
@@ -206,8 +231,6 @@ class Movement:
         index = group.index
         left = len(rows) - index.count_by_tier(rows)[HOST]
         if not left:
-            if lease is not None:
-                lease.ready = len(rows)
             return len(rows)
         batches = [_Batch(shard) for shard in group.shards.values()]
         covered = len(rows)
@@ -221,7 +244,6 @@ class Movement:
                 left -= 1
                 continue
             covered = position
-            self._counters.promotions_full_blocks += left if lease else 0
             break
         for batch in batches:
             self._start_load(batch, () if lease is None else (lease,), now, kept=lease is None)

@@ -107,6 +107,10 @@ class Durability:
     pending: int
 
 
+def _nothing() -> None:
+    """Hand nothing over."""
+
+
 _NOTHING_ACQUIRED = Acquired(0, array("Q"), array("Q"), 0, array("Q"))
 
 
@@ -262,10 +266,19 @@ class Store:
         self.physics.asked(group, hashes, rows, now)
         return rows
 
-    def acquire(self, session_id: int, ns: int, hashes: Sequence[bytes], ttl_s: float, now: float) -> Acquired:
+    def acquire(
+        self,
+        session_id: int,
+        ns: int,
+        hashes: Sequence[bytes],
+        ttl_s: float,
+        now: float,
+        hand_over: Callable[[], None] = _nothing,
+    ) -> Acquired:
         """Lease the leading complete blocks until released or for `ttl_s`, at most `ttl_max_s`.
 
-        Raises Busy at `leases_max`, Draining while shutting down.
+        `hand_over` is called while a long lease is being made, between parts of it that have to be read from a drive:
+        it may carry out the effects so far. Raises Busy at `leases_max`, Draining while shutting down.
         """
         session, shard = self._session(session_id), self.shard(session_id, ns)
         self._refuse_when_draining()
@@ -282,7 +295,11 @@ class Store:
         lease = Lease(self._fresh_id(self._leases), session, group, rows, deadline)
         on_drive = 0 if self.movement is None else group.index.count_by_tier(rows)[NVME]
         load_s = self.physics.leased(group, hashes, rows, on_drive, now)
-        if not self._bring(lease, now):
+        self._leases[lease.lease_id] = lease
+        session.leases.add(lease.lease_id)
+        self._lease_deadlines.add(lease.lease_id, deadline)
+        self._bring(lease, now, hand_over)
+        if lease.lease_id not in self._leases:
             return _NOTHING_ACQUIRED
         rows = lease.rows
         self.physics.granted(group, hashes, rows, load_s, now)
@@ -290,9 +307,6 @@ class Store:
         if lease.ready < len(rows):
             self.physics.expect(lease.lease_id, load_s, now)
             soft_s = self.physics.soft_deadline_s(group, rows[lease.ready :], load_s)
-        self._leases[lease.lease_id] = lease
-        session.leases.add(lease.lease_id)
-        self._lease_deadlines.add(lease.lease_id, deadline)
         self.counters.acquired_blocks += len(rows)
         self.counters.acquired_bytes += len(rows) * shard.slots.block_bytes
         return _acquired(lease, shard, soft_s)
@@ -781,23 +795,24 @@ class Store:
             raise QuotaExceeded(f"{len(self._shards)} namespaces are in use, which is the limit")
         return shard or self._new_shard(spec, (uid, fingerprint))
 
-    def _bring(self, lease: Lease, now: float) -> bool:
-        """Have the lease's blocks brought to host memory, as many leading ones as fit; False when that is none."""
+    def _bring(self, lease: Lease, now: float, hand_over: Callable[[], None]) -> None:
+        """Have the lease's blocks brought to host memory, as many leading ones as fit; where none do, end it."""
         lease.total = len(lease.rows)
         lease.watchers.add(lease.session.session_id)
         self._last_asked_s = now
         if self.movement is None:
             lease.ready = lease.total
-            return True
-        covered = self.movement.promote(lease.group, lease.rows, lease, self._groups.values(), now)
+            return
+        covered = self.movement.fetch(lease, self._groups.values(), now, hand_over)
+        if lease.lease_id not in self._leases:
+            return  # its session died meanwhile
         lease.group.unhold(lease.rows[covered:])
         lease.rows = lease.rows[:covered]
-        lease.total = covered
+        lease.total = min(lease.total, covered)
         self.movement.advance(lease)
         self.movement.stir(lease.group)
-        if not covered:
-            self.movement.let_go(lease)
-        return covered > 0
+        if not lease.total:
+            self._end_lease(lease)
 
     def _await_expected(self, ns: int, group: Group) -> None:
         self._expected_deadlines.remove(ns)

@@ -28,7 +28,7 @@ def store() -> Store:
 
 @pytest.fixture
 def verbs(store: Store) -> Verbs:
-    return Verbs(store, lease_ttl_s=30.0, status=lambda: "{}", hashes_max=64)
+    return Verbs(store, lease_ttl_s=30.0, status=lambda: "{}", hashes_max=64, hand_over=lambda: None)
 
 
 def ask(verbs: Verbs, request: m.Request, now: float = 0.0) -> m.Reply:

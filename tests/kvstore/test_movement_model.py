@@ -36,7 +36,7 @@ from forebay.kvstore.groups import (
     SlabOpened,
     Transfer,
 )
-from forebay.kvstore.movement import WINDOW_SHARE, NvmeConfig, Verdict
+from forebay.kvstore.movement import PAUSE_S, WINDOW_SHARE, NvmeConfig, Verdict
 from forebay.kvstore.namespace import NamespaceSpec
 from forebay.kvstore.outcome import Outcome, Scope
 from forebay.kvstore.store import Acquired, Reserved, Store, StoreConfig
@@ -257,6 +257,7 @@ class TwoTiersMachine(RuleBasedStateMachine):
         super().__init__()
         self.now = 100.0
         self.next_session = 1
+        self.acquiring = 0
         self.ids = itertools.count(1)
 
     @initialize(seed=st.integers(0, 1 << 30))
@@ -348,7 +349,8 @@ class TwoTiersMachine(RuleBasedStateMachine):
         for each in effects.progress:
             reader = self.readers.get((each.session_id, each.lease_id))
             if reader is None:
-                assert each.session_id not in self.sessions, "told of a lease it does not hold"
+                known = each.session_id in self.sessions and each.session_id != self.acquiring
+                assert not known, "told of a lease it does not hold"
                 continue
             assert reader.ready <= each.ready <= each.total <= reader.total, "progress went backwards"
             reader.ready, reader.total = each.ready, each.total
@@ -461,7 +463,10 @@ class TwoTiersMachine(RuleBasedStateMachine):
             self.end_session(session)
         while self.store.flush(self.now):
             self.settle()
-            self.finish(self.jobs[0], "good")
+            if self.jobs:
+                self.finish(self.jobs[0], "good")
+            else:
+                self.now += PAUSE_S  # a drive failed a moment ago
         self.settle()
         assert self.store.check() == []
         self.drive.sync()
@@ -600,11 +605,24 @@ class TwoTiersMachine(RuleBasedStateMachine):
         self.lease(session, shard, names, ttl_s)
 
     def lease(self, session: int, shard: Shard, names: list[bytes], ttl_s: float) -> None:
+        def hand_over() -> None:
+            """The daemon's, in the middle of a lease; whoever cannot be told anything any more has died."""
+            self.settle()
+            if self.rng.random() < 0.05:
+                self.end_session(session)
+            assert self.store.check() == []
+
+        self.acquiring = session
         try:
-            got = self.store.acquire(session, shard.ns, names, ttl_s, self.now)
+            got = self.store.acquire(session, shard.ns, names, ttl_s, self.now, hand_over)
         except (Busy, Draining):
             return
-        if got.lease_id:
+        finally:
+            self.acquiring = 0
+        if session not in self.sessions:
+            assert not got.lease_id, "the dead were given a lease"
+            self.open_session()
+        elif got.lease_id:
             self.read(session, shard, names, got)
         self.settle()
 
@@ -699,6 +717,7 @@ class TwoTiersMachine(RuleBasedStateMachine):
             self.settle()
         if self.rng.random() < 0.7:
             self.lease(session, shard, names, self.rng.choice((1.0, 15.0, 500.0)))
+        self.settle()
 
     @rule(data=st.data())
     def only_reserve(self, data: st.DataObject) -> None:
@@ -864,8 +883,10 @@ class TwoTiersMachine(RuleBasedStateMachine):
         sizes = {d: sum(bytes_of(job) for job in self.jobs if job.transfer.direction == d) for d in Direction}
         window = min(config.window_bytes, LIMITS.capacity_bytes // WINDOW_SHARE)
         assert sizes[Direction.WRITE] <= max(window, 2 * PAGE)
-        assert len(self.jobs) == movement.in_flight
+        waiting = list(movement._waiting.values())
+        assert len(self.jobs) + len(waiting) == movement.in_flight, "a transfer nobody was asked for"
         kept = sum(bytes_of(job) for job in self.jobs if job.transfer.kept)
+        kept += sum(len(each.rows) * each.shard.slots.block_bytes for each in waiting)
         assert kept == movement._prefetching_bytes <= config.prefetch_share * LIMITS.capacity_bytes
 
     def teardown(self) -> None:
@@ -990,13 +1011,13 @@ def _left_on_drive(
 
 def test_same_seed_has_the_same_outcomes_and_effects() -> None:
     """A fault found by a seed must be found again by it."""
-    assert replay(9) == replay(9)
-    assert replay(9) != replay(8)
+    assert replay(3) == replay(3)
+    assert replay(3) != replay(8)
 
 
 def test_replay_does_not_depend_on_the_interpreters_hash_seed() -> None:
     """No decision may follow the order of a set or dictionary of bytes or of objects."""
-    code = "import runpy, sys; print(runpy.run_path(sys.argv[1])['replay'](9))"
+    code = "import runpy, sys; print(runpy.run_path(sys.argv[1])['replay'](3))"
     digests = set()
     for seed in ("1", "2"):
         command = [sys.executable, "-P", "-c", code, str(Path(__file__))]
