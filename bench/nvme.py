@@ -1,8 +1,10 @@
 """The nvme tier's rates, each beside fio on the same file system, by turns: what a client gets, what becomes durable.
 
 A fetch is of blocks that are on the drive alone, from the request to the last byte in the engine's memory. What counts
-as written is what the daemon reports as durable (flushed, and indexed) while a client stores new blocks without a
-pause. Every slot has been written before, as in a daemon that has run for a day.
+as written is what the daemon reports as durable (flushed, and indexed) while a client stores a little more than fio
+has just written: much more could not become durable, and would take cores from the drive to be dropped. What becomes of
+a client that stores without a pause is told beside it. Every slot has been written before, as in a daemon that has run
+for a day.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from itertools import count, cycle
+from math import inf
 from pathlib import Path
 from statistics import median
 from typing import Any, Self
@@ -31,6 +34,10 @@ DEPTH = 8
 """The default of nvme.queue_depth, and fio's."""
 SLAB_BYTES = 64 * MIB
 CHAINS = 8
+STORED_BYTES = 32 * MIB
+"""By one call."""
+STORED_SHARE = 1.1
+"""Of what fio has just written."""
 SETTLE_S = 0.3
 FILL_S = 60.0
 _WARM_S = 0.015
@@ -58,9 +65,11 @@ def large(plan: Plan) -> Iterator[Figure]:
         if not plan.wants(*LARGE_NAMES[2:]):
             return
         plan.progress("2 MiB blocks written while others are stored")
-        write = rig.writes(plan.pick(4, 8), plan.pick(1.0, 2.0))
-        yield rig.ratio(LARGE_NAMES[2], write)
-        yield rig.cpu(CPU_NAMES[1])
+        seconds = plan.pick(1.0, 2.0)
+        write = rig.writes(plan.pick(4, 8), seconds)
+        cpu = rig.cpu(CPU_NAMES[1])
+        yield rig.ratio(LARGE_NAMES[2], write, rig.unpaced(plan.pick(2, 4), seconds))
+        yield cpu
         if plan.told is not None:
             reached = [1e9 * median(pair.measured.scaled(_rate)) for pair in (read, write)]
             bandwidth = Bandwidth.of(reached[0], reached[1], block_bytes=LARGE.block_bytes, queue_depth=DEPTH)
@@ -167,18 +176,23 @@ class _Rig:
         return self._by_turns("read", self._fetch_all, repetitions)
 
     def writes(self, repetitions: int, seconds: float) -> Pair:
-        """The same for what becomes durable during a storm of stores."""
+        """The same for what becomes durable while a little more is stored than fio has just written."""
         wait_until(self._has_filled, FILL_S, "writing every slot once")
-        return self._by_turns("write", lambda: self._storm(seconds), repetitions)
+        return self._by_turns("write", lambda: self._storm(seconds, self._bytes_per_s()), repetitions)
 
-    def ratio(self, name: str, pair: Pair) -> Figure:
+    def unpaced(self, repetitions: int, seconds: float) -> str:
+        """What becomes durable while a client stores as fast as it can."""
+        taken = [1 / self._storm(seconds, inf) for _ in range(repetitions)]
+        return f"; {median(taken):.2f} GB/s while stores come without a pause"
+
+    def ratio(self, name: str, pair: Pair, more: str = "") -> Figure:
         measured = median(pair.measured.scaled(_rate))
         if self._fio is None:
             note = f"not measured: {self._no_fio}; forebay reached {measured:.2f} GB/s"
             return Figure(name, None, "x fio", note=note)
         bound, ratio = median(pair.bound.scaled(_rate)), pair.typical_rate_ratio
         samples = {"measured_gb_per_s": pair.measured.scaled(_rate), "bound_gb_per_s": pair.bound.scaled(_rate)}
-        note = f"{measured:.2f} GB/s, fio {bound:.2f} GB/s ({self._fio.describe()}); medians, ratio turn by turn"
+        note = f"{measured:.2f} GB/s, fio {bound:.2f} GB/s ({self._fio.describe()}); medians, ratio turn by turn{more}"
         return Figure(name, ratio, "x fio", bound, ratio, samples, note)
 
     def cpu(self, name: str) -> Figure:
@@ -215,10 +229,14 @@ class _Rig:
         seconds = sum(self._cold.fetch_next() for _ in range(CHAINS))
         return self._note(used, CHAINS * self._cold.pool.total_bytes, seconds)
 
-    def _storm(self, seconds: float) -> float:
-        self._store_for(SETTLE_S)
+    def _bytes_per_s(self) -> float:
+        """A little more than fio reached last; without it, no bound."""
+        return STORED_SHARE * self._bounds[-1].bytes_per_s if self._bounds else inf
+
+    def _storm(self, seconds: float, bytes_per_s: float) -> float:
+        self._store_for(SETTLE_S, bytes_per_s)
         used, before, begun = cpu_s(*self._daemon.pids), self._durable_bytes(), time.perf_counter()
-        self._store_for(seconds)
+        self._store_for(seconds, bytes_per_s)
         return self._note(used, self._durable_bytes() - before, time.perf_counter() - begun)
 
     def _note(self, used_s: float, moved_bytes: int, seconds: float) -> float:
@@ -228,14 +246,20 @@ class _Rig:
         self._moved_gb += moved_bytes / 1e9
         return seconds / moved_bytes * 1e9
 
-    def _store_for(self, seconds: float) -> None:
-        pool, until = self._cold.pool, time.perf_counter() + seconds
-        while time.perf_counter() < until:
-            hashes = chain(f"storm {next(self._fresh)}", pool.blocks)
-            self._client.store(self._cold.namespace, hashes, pool.table, pool.block_ids)
+    def _store_for(self, seconds: float, bytes_per_s: float) -> None:
+        """Store new chains, at most so many bytes a second."""
+        pool = self._cold.pool
+        blocks = STORED_BYTES // pool.layout.block_bytes
+        begun, chain_s = time.perf_counter(), STORED_BYTES / bytes_per_s
+        for stored in count():
+            pause(max(0.0, begun + stored * chain_s - time.perf_counter()))
+            if time.perf_counter() > begun + seconds:
+                return
+            hashes = chain(f"storm {next(self._fresh)}", blocks)
+            self._client.store(self._cold.namespace, hashes, pool.table, pool.block_ids[:blocks])
 
     def _has_filled(self) -> bool:
-        self._store_for(SETTLE_S)
+        self._store_for(SETTLE_S, inf)
         return self._durable_bytes() > self._nvme_bytes
 
     def _durable_bytes(self) -> int:
