@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -41,6 +42,7 @@ from forebay.kvstore.namespace import NamespaceSpec
 try:
     import torch
     import vllm
+    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
     from vllm.distributed.kv_transfer.kv_connector.v1.base import (
         KVConnectorBase_V1,
         KVConnectorHandshakeMetadata,
@@ -291,6 +293,11 @@ class ForebayConnector(KVConnectorBase_V1, SupportsHMA):
         cls, vllm_config: Any, metric_types: Any, labelnames: list[str], per_engine_labelvalues: dict[int, list[object]]
     ) -> ForebayMetrics:
         return ForebayMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+
+
+with suppress(ValueError):  # it is already there
+    # Under vLLM's MultiConnector the counts of each connector are put together by its name.
+    KVConnectorFactory.register_connector(ForebayConnector.__name__, __name__, ForebayConnector.__name__)
 
 
 def _own_options(extra: Mapping[str, object]) -> tuple[dict[str, str], float]:

@@ -7,6 +7,7 @@ that every group can go on from, with leases of just the blocks which that takes
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 import time
@@ -15,7 +16,6 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from forebay.client.vllm_layout import Geometry
-from forebay.kvstore.errors import ForebayError
 from forebay.kvstore.planner import NO_BACKLOG, Backlog
 
 LEASE_TTL_MS = 30_000
@@ -25,6 +25,8 @@ LEASE_USE_S = 10.0
 CLOSE_S = 1.0
 WINDOW_ROUNDS_MAX = 8
 """How often a shorter prefix is tried, where a window has a gap, until the answer is none."""
+
+_log = logging.getLogger("forebay.client")
 
 
 class HeldLease(Protocol):
@@ -132,14 +134,14 @@ class LeaseDesk:
         try:
             if not question.dropped:
                 tokens, leases = hold(self._client, question)
-        except ForebayError:  # a bug of ours, to the scheduler a miss: it goes on without us
-            pass
+        except Exception as error:  # noqa: BLE001  # a bug of ours, to the scheduler a miss: later ones are answered
+            _log.warning("a prompt was not looked up: %s: %s", type(error).__name__, error)
         finally:
             with self._lock:
                 if not question.dropped:
                     question.tokens, question.leases, leases = tokens, leases, ()
-            _release(leases)
             question.answered.set()
+            _release(leases)
 
 
 def hold(client: LeaseClient, question: Question) -> tuple[int, Sequence[HeldLease]]:
@@ -206,5 +208,9 @@ def _longest(question: Question) -> int:
 
 
 def _release(leases: Sequence[HeldLease]) -> None:
+    """Of all, whatever happens to one; a lease that stays ends with its time to live."""
     for lease in leases:
-        lease.release()
+        try:
+            lease.release()
+        except Exception as error:  # noqa: BLE001
+            _log.warning("a lease was not given back: %s: %s", type(error).__name__, error)

@@ -35,12 +35,14 @@ class _Tracked:
         block_ids: of each cache group, by position in the prompt; those that a window has left behind are others' now.
         offered: of each group, leading blocks that were given to the workers to store, or offered to them.
         hints: what its caller knows of it.
+        stale: its preemptions when the caches were reset under it; until the next its blocks are of before, not stored.
     """
 
     request: Any
     hints: Hints
     block_ids: list[list[int]] = field(default_factory=list)
     offered: list[int] = field(default_factory=list)
+    stale: int = -1
 
 
 @dataclass(slots=True)
@@ -89,6 +91,7 @@ class VllmScheduler:
         self._clock = clock
         self._asked: dict[str, _Asked] = {}
         self._promised: dict[str, int] = {}
+        self._local: dict[str, int] = {}
         self._tracked: dict[str, _Tracked] = {}
         self._loads: list[Load] = []
         self._fresh: set[int] = set()
@@ -122,6 +125,7 @@ class VllmScheduler:
         A request is promised blocks once between two preemptions: one whose load has failed computes.
         """
         id_, step = str(request.request_id), self._step_tokens
+        self._local[id_] = computed_tokens
         first, last = computed_tokens // step * step, (int(request.num_tokens) - 1) // step * step
         skipped = not self._loads_on or getattr(request, "skip_reading_prefix_cache", False)
         if skipped or last <= first or self._promised.get(id_) == request.num_preemptions:
@@ -175,7 +179,11 @@ class VllmScheduler:
         return answered
 
     def allocated(self, request: Any, block_ids: Sequence[Sequence[int]], external_tokens: int) -> None:
-        """vLLM's `update_state_after_alloc`: with tokens to load it is now certain that they are wanted."""
+        """vLLM's `update_state_after_alloc`: with tokens to load it is now certain that they are wanted.
+
+        Without any another connector may be about to load them, under vLLM's `MultiConnector`: whatever the engine has
+        not computed itself may be overwritten from the next step on.
+        """
         id_ = str(request.request_id)
         tracked = self._tracked.get(id_)
         if tracked is None:
@@ -183,6 +191,9 @@ class VllmScheduler:
             self._tracked[id_] = _Tracked(request, hints)
         else:
             tracked.request = request
+        local = self._local.pop(id_, None)
+        for geometry, ids in zip(self._geometries, block_ids if local is not None else ()):
+            self._fresh.update(filter(None, ids[(local or 0) // geometry.block_tokens :]))  # 0 is no block
         asked = self._asked.get(id_)
         if not external_tokens:
             if asked is not None and self._promised.get(id_) != request.num_preemptions:
@@ -193,8 +204,6 @@ class VllmScheduler:
         self._promised[id_] = request.num_preemptions
         parts = tuple(_parts(asked.question, block_ids, asked.question.first + external_tokens))
         self._loads.append(Load(id_, parts))
-        for part in parts:
-            self._fresh.update(part.block_ids)
 
     def step(self, output: Any) -> StepWork:
         """vLLM's `build_connector_meta`."""
@@ -218,6 +227,7 @@ class VllmScheduler:
         """The request has ended or was aborted. A load of it goes on: the workers hold leases of their own."""
         self._forget_question(request_id)
         self._backlog.gone(request_id)
+        self._local.pop(request_id, None)
         self._promised.pop(request_id, None)
         self._tracked.pop(request_id, None)
 
@@ -227,7 +237,7 @@ class VllmScheduler:
         Of one that was aborted no more is told than that: whoever asked may ask again.
         """
         tracked = self._tracked.get(str(request.request_id))
-        status = getattr(getattr(request, "status", None), "name", "")
+        status = _status(request)
         if tracked is None or status not in _STOP_REASONS:
             return
         hints = tracked.hints if status in _ANSWERED else NO_HINTS
@@ -259,7 +269,8 @@ class VllmScheduler:
         for id_ in list(self._asked):
             self._forget_question(id_)
         for tracked in self._tracked.values():
-            tracked.offered = [0] * len(self._geometries)
+            if _status(tracked.request) != "PREEMPTED":
+                tracked.stale = int(tracked.request.num_preemptions)
 
     def close(self) -> None:
         for id_ in list(self._asked):
@@ -312,7 +323,7 @@ class VllmScheduler:
         stores = []
         for id_, tokens in scheduled.items():
             tracked = self._tracked.get(id_)
-            if tracked is None or id_ not in computed:
+            if tracked is None or id_ not in computed or tracked.stale == tracked.request.num_preemptions:
                 continue
             for group in range(len(tracked.block_ids)):
                 store = self._store(id_, tracked, group, computed[id_], computed[id_] + tokens)
@@ -335,6 +346,11 @@ class VllmScheduler:
         tracked.offered[group] = first + len(names)
         blocks = tuple(ids[first : first + len(names)])
         return Store(id_, group, parent, tuple(names), blocks, geometry.is_local, tracked.hints.priority)
+
+
+def _status(request: Any) -> str:
+    """The name of vLLM's status of it."""
+    return str(getattr(getattr(request, "status", None), "name", ""))
 
 
 def _computed(output: Any) -> dict[str, int]:

@@ -320,8 +320,12 @@ class VllmWorker:
     def _ended(self, load: Load, future: Future[int]) -> None:
         """However a load ended, its request is told of: vLLM would wait for it for ever."""
         right = 0
-        if not future.cancelled() and future.exception() is None:
-            right = future.result()
+        if not future.cancelled():
+            error = future.exception()
+            if error is None:
+                right = future.result()
+            else:
+                _log.warning("nothing was loaded for a request: %s: %s", type(error).__name__, error)
         ids = [block for part in load.parts for block in part.block_ids]
         failed = ids[right:]
         with self._lock:

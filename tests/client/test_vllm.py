@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -74,6 +74,18 @@ class TransferResults:
     failed_recving: set[str] = field(default_factory=set)
 
 
+class Factory:
+    """Like vLLM's it refuses a name that it has."""
+
+    known: ClassVar[dict[str, tuple[str, str]]] = {}
+
+    @classmethod
+    def register_connector(cls, name: str, module_path: str, class_name: str) -> None:
+        if name in cls.known:
+            raise ValueError(f"Connector {name!r} is already registered.")
+        cls.known[name] = module_path, class_name
+
+
 def stand_ins() -> dict[str, ModuleType]:
     v1 = "vllm.distributed.kv_transfer.kv_connector.v1"
     contents: dict[str, dict[str, Any]] = {
@@ -86,6 +98,7 @@ def stand_ins() -> dict[str, ModuleType]:
             "KVConnectorTransferResults": TransferResults,
             "SupportsHMA": type("SupportsHMA", (), {}),
         },
+        "vllm.distributed.kv_transfer.kv_connector.factory": {"KVConnectorFactory": Factory},
         "vllm.distributed.kv_events": {
             "KVConnectorKVEvents": type("KVConnectorKVEvents", (), {}),
             "BlockStored": SimpleNamespace,
@@ -151,6 +164,11 @@ def kv_cache_config(*more: type[SimpleNamespace]) -> Any:
 
 def made(module: Any, role: Role, tmp_path: Path, extra: dict[str, object] | None = None) -> Any:
     return module.ForebayConnector(vllm_config(tmp_path, extra), role, kv_cache_config())
+
+
+def test_vllm_knows_the_class_by_its_name_however_often_it_is_imported(connector_module: Any) -> None:
+    importlib.reload(connector_module)
+    assert Factory.known == {"ForebayConnector": ("forebay.client.vllm", "ForebayConnector")}
 
 
 def test_both_halves_name_one_group_of_shards(connector_module: Any, tmp_path: Path) -> None:

@@ -192,3 +192,31 @@ def test_desk_gives_back_what_comes_too_late_and_what_was_dropped() -> None:
         desk.drop(kept)
     eventually(lambda: store.held == 0, "nothing is held")
     desk.close()
+
+
+class BadLease(Lease):
+    def release(self) -> None:
+        super().release()
+        raise RuntimeError("a bug")
+
+
+def test_a_bug_is_one_miss_and_the_desk_goes_on(caplog: pytest.LogCaptureFixture) -> None:
+    """Whatever kind of error: a desk that has ended would make every request wait until it gives up."""
+    store = Store(a=range(70))
+    desk, chains = LeaseDesk(store), question(a=FULL).chains
+    store.stored.clear()
+    lost = desk.ask(chains, 0, BLOCK)
+    assert lost.answered.wait(5)
+    assert (lost.tokens, store.held) == (0, 0)
+    assert "a prompt was not looked up: KeyError" in caplog.text
+    question_of_bad = desk.ask((), 0, BLOCK)
+    question_of_bad.leases = [BadLease(store, 1), Lease(store, 1)]
+    desk.drop(question_of_bad)
+    eventually(lambda: store.held == 0, "both were released")
+    store.stored["a"] = set(NAMES[:70])
+    found = desk.ask(chains, 0, BLOCK)
+    assert found.answered.wait(5)
+    assert found.tokens == 70 * BLOCK
+    desk.drop(found)
+    desk.close()
+    assert "a lease was not given back: RuntimeError: a bug" in caplog.text

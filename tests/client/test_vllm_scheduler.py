@@ -309,7 +309,8 @@ def test_requests_that_must_not_read_and_engines_that_only_write_ask_nobody(rig:
 def test_blocks_are_offered_once_they_are_whole(rig: Rig) -> None:
     rig.client.stored = 0
     request = request_of(4 * BLOCK + 3)
-    rig.admit(request)
+    assert rig.scheduler.matched(request, 0) == (0, False)
+    rig.scheduler.allocated(request, ([7, 8, 9, 10, 11],), 0)
     work = rig.scheduler.step(step_of(new=[("r", [7, 8, 9, 10, 11], 0)], r=2 * BLOCK + 5))
     assert [(s.parent, s.hashes, s.block_ids) for s in work.stores] == [(b"", tuple(request.block_hashes[:2]), (7, 8))]
     assert work.fresh == {7, 8, 9, 10, 11}
@@ -392,8 +393,8 @@ def test_window_stores_every_block_while_it_has_it() -> None:
     work = rig.scheduler.step(step_of(cached=[("r", ([5, 6], [15, 16]), 4 * BLOCK, False)], r=2 * BLOCK))
     names = request.block_hashes
     assert offered(work) == [(0, names[3], (5, 6), False), (1, names[3], (15, 16), True)]
-    rig.scheduler.reset(lambda name: ["ns", "other"])
-    work = rig.scheduler.step(step_of(cached=[("r", ([7, 8], [17, 18]), 6 * BLOCK, False)], r=2 * BLOCK))
+    blocks = list(range(1, 9)), [0, 0, 0, 14, 15, 16, 17, 18]
+    work = rig.scheduler.step(step_of(cached=[("r", blocks, 6 * BLOCK, True)], r=2 * BLOCK))
     assert offered(work) == [(0, b"", tuple(range(1, 9)), False), (1, names[2], (14, 15, 16, 17, 18), True)]
     rig.scheduler.close()
 
@@ -430,6 +431,40 @@ def test_reset_moves_to_a_namespace_of_its_own(rig: Rig) -> None:
     name = rig.scheduler.step(step_of()).reset
     assert name
     assert rig.scheduler.step(step_of()).reset == name
+
+
+@pytest.mark.parametrize(("status", "stored"), [("RUNNING", False), ("PREEMPTED", True)])
+def test_what_was_computed_before_a_reset_is_not_stored_after_it(rig: Rig, status: str, stored: bool) -> None:
+    """A request that goes on has blocks of the old weights; one that is preempted computes all of them again."""
+    request = request_of(4 * BLOCK)
+    rig.client.stored = 0
+    rig.admit(request)
+    rig.scheduler.step(step_of([("r", [1, 2, 3, 4], 0)], r=2 * BLOCK))
+    request.status = SimpleNamespace(name=status)
+    request.num_preemptions = int(status == "PREEMPTED")
+    rig.scheduler.reset(lambda name: [["ns " + name]])
+    resumed = step_of(cached=[("r", [1, 2, 3, 4], 0, True)], r=4 * BLOCK)
+    goes_on = step_of(cached=[("r", None, 2 * BLOCK, False)], r=2 * BLOCK)
+    work = rig.scheduler.step(resumed if stored else goes_on)
+    assert [store.block_ids for store in work.stores] == ([(1, 2, 3, 4)] if stored else [])
+    request.num_preemptions += 1
+    (store,) = rig.scheduler.step(step_of([("r", [5, 6, 7, 8], 0)], r=4 * BLOCK)).stores
+    assert store.block_ids == (5, 6, 7, 8)
+
+
+@pytest.mark.parametrize("stored", [0, 100])
+def test_blocks_that_another_connector_loads_into_are_fresh(rig: Rig, stored: int) -> None:
+    """vLLM's MultiConnector tells of the allocation, not of the load; the request is not scheduled before that ends."""
+    request = request_of(6 * BLOCK)
+    rig.client.stored = stored
+    rig.scheduler.matched(request, 2 * BLOCK)
+    rig.scheduler.allocated(request, ([1, 2, 3, 4, 5],), 0)
+    assert rig.scheduler.open_leases == 0
+    assert rig.scheduler.step(step_of()).fresh == {3, 4, 5}
+    rig.scheduler.allocated(request, ([1, 2, 3, 4, 5, 6],), 0)
+    work = rig.scheduler.step(step_of([("r", [1, 2, 3, 4, 5, 6], 5 * BLOCK)], r=BLOCK))
+    assert work.fresh == {6}
+    assert work.stores[0].block_ids == (1, 2, 3, 4, 5, 6)
 
 
 def test_the_daemon_is_told_what_is_to_be_computed_before_a_request() -> None:

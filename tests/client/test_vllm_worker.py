@@ -194,11 +194,12 @@ def test_load_waits_for_the_device(rig: Rig) -> None:
     assert (rig.kv[30] == rig.kv[0]).all()
 
 
-def test_error_in_a_load_fails_all_its_blocks(rig: Rig) -> None:
+def test_error_in_a_load_fails_all_its_blocks(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
     rig.client.broken = True
     rig.step(loads=(Load("q", (Part(0, names(0, 2), (30, 31)),)),))
     assert rig.loaded() == {"q"}
     assert rig.worker.take_failed_blocks() == {30, 31}
+    assert "nothing was loaded for a request" in caplog.text
 
 
 def test_load_whose_bytes_may_still_come_is_told_before_its_blocks_are(rig: Rig) -> None:
