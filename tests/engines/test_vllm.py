@@ -238,10 +238,17 @@ def test_concurrent_requests_that_share_prefixes(model: Path, daemon: LiveDaemon
     prompts = [shared + prompt_of(21 + i, 200) for i in range(6)] + [prompt_of(30, 500), prompt_of(31, 33)]
     with engine(model, None, enable_prefix_caching=False) as plain:
         expected = plain.ask(prompts)
-    for wait_ms in (50, 0, 0):
-        with engine(model, daemon.runtime_dir, {"scheduler_wait_ms": wait_ms}) as running:
+    for wait_ms, local_cache in ((50, True), (0, True), (0, False)):
+        args: dict[str, Any] = {"enable_prefix_caching": local_cache}
+        extra: dict[str, object] = {"scheduler_wait_ms": wait_ms, "plan": "always"}
+        with engine(model, daemon.runtime_dir, extra, **args) as running:
             assert running.ask(prompts) == expected
             assert running.ask(prompts[::-1]) == expected[::-1]
+            assert running.metric("vllm:forebay_failed_blocks") == 0
+            assert running.planning.open_leases == 0
+            running.settle()
+            if not local_cache:
+                assert running.restored() == 2 * sum((len(prompt) - 1) // BLOCK * BLOCK for prompt in prompts)
 
 
 def test_two_models_salts_and_dtypes_never_hit_each_other(model: Path, daemon: LiveDaemon, tmp_path: Path) -> None:

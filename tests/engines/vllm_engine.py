@@ -103,9 +103,15 @@ class Engine:
     @property
     def moving(self) -> Any:
         """The connector's half in the worker."""
+        return self.halves[0]
+
+    @property
+    def halves(self) -> list[Any]:
+        """Each connector's half in the worker, where vLLM has several of them."""
         from vllm.distributed.kv_transfer import get_kv_transfer_group
 
-        return get_kv_transfer_group()._moving
+        group: Any = get_kv_transfer_group()
+        return [connector._moving for connector in getattr(group, "_connectors", [group])]
 
     def ask(
         self,
@@ -128,7 +134,7 @@ class Engine:
         """Wait until everything offered is stored."""
         from support.live import eventually
 
-        eventually(lambda: self.moving.open_stores == 0, "everything offered is stored")
+        eventually(lambda: not any(half.open_stores for half in self.halves), "everything offered is stored")
 
     def restored(self) -> int:
         """Prompt tokens that came from forebay, by vLLM's own count."""
