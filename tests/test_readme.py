@@ -87,6 +87,17 @@ def test_transformers_snippet_restores_on_its_second_run(daemon: LiveDaemon) -> 
     assert re.match(r"restored: [1-9]\d* of ", restored)
 
 
+def test_engines_guide_restores_what_its_chats_share(daemon: LiveDaemon) -> None:
+    """The same of the guide's example, of three questions that begin alike."""
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    (snippet,) = blocks(ROOT / "docs" / "engines.md", "python")
+    told = [re.findall(r"\d+", line)[:2] for line in run(STUB + snippet, daemon.runtime_dir).splitlines()]
+    restored = [int(line[0]) for line in told]
+    assert restored[0] == 0
+    assert restored[1] > restored[2] >= 800
+    assert [sum(map(int, line)) for line in told] == [859, 859, 855]
+
+
 def commands(document: Path) -> Iterator[str]:
     """What the document's shell lines hand to forebay, without comments; continued lines joined."""
     for block in blocks(document, "sh"):

@@ -6,7 +6,10 @@ SGLang's own types are used where SGLang is installed, small stand-ins elsewhere
 from __future__ import annotations
 
 import hashlib
+import json
+import re
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,6 +29,7 @@ from sglang.srt.mem_cache.hicache_storage import PoolHitPolicy, PoolName, PoolTr
 from forebay.client import sglang as backend_module  # noqa: E402
 from forebay.client.sglang import ForebayStorage  # noqa: E402
 
+GUIDE = Path(__file__).resolve().parents[2] / "docs" / "engines.md"
 PAGES = 8
 TRAILING, ALL = PoolHitPolicy.TRAILING_PAGES, PoolHitPolicy.ALL_PAGES
 
@@ -428,6 +432,21 @@ def test_key_that_only_looks_like_hex_is_hashed(daemon: FakeDaemon) -> None:
 def test_wrong_options_stop_the_engine(extra: dict[str, Any]) -> None:
     with pytest.raises(BadRequest):
         ForebayStorage(config(extra_config=extra), {})
+
+
+def test_the_guides_options_are_taken_as_printed(daemon: FakeDaemon) -> None:
+    found = re.search(r"--hicache-storage-backend-extra-config '(\{.*?\})'", GUIDE.read_text(), flags=re.DOTALL)
+    assert found is not None
+    extra = json.loads(found[1])
+    assert (extra["module_path"], extra["class_name"]) == (ForebayStorage.__module__, ForebayStorage.__name__)
+    extra["forebay"]["runtime_dir"] = str(daemon.runtime_dir)
+    pool = HostPool(PAGES)
+    storage = ForebayStorage(config(extra_config=extra), {})
+    storage.register_mem_pool_host(pool)
+    assert storage.batch_set_v1(keys_of("a", 2), pool.slots([0, 1])) == [True] * 2
+    assert storage.batch_exists(keys_of("a", 2)) == 2
+    assert [pool.ns.spec.revision for pool in storage._pools.values() if pool.ns.spec] == ["2026-11"]
+    storage.close()
 
 
 def test_missing_model_name_stops_the_engine() -> None:

@@ -5,10 +5,13 @@ vLLM's own types are used where vLLM is installed, small stand-ins elsewhere.
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -449,6 +452,16 @@ def test_wrong_options_stop_the_engine(options: dict[str, Any]) -> None:
     rows = np.zeros((ROWS, ROW_BYTES), np.int8)
     with pytest.raises(BadRequest):
         ForebayTier(fake_vllm.spec(), memoryview(rows), "forebay", **options)
+
+
+def test_the_guides_options_are_taken_as_printed(daemon: FakeDaemon) -> None:
+    guide = (Path(__file__).resolve().parents[2] / "docs" / "engines.md").read_text()
+    flags = re.findall(r"--kv-transfer-config '(\{.*?\})'", guide, flags=re.DOTALL)
+    (tier,) = json.loads(flags[1])["kv_connector_extra_config"]["secondary_tiers"]
+    assert (tier.pop("module_path"), tier.pop("type")) == (ForebayTier.__module__, ForebayTier.__name__)
+    with Engine(daemon, **tier) as engine:
+        assert engine.store(1, KEYS, range(4)).success
+        assert engine.look(KEYS) == [HIT] * 4
 
 
 def test_memory_that_cannot_be_copied_stops_the_engine() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Iterator
 from importlib.metadata import distributions
@@ -82,9 +83,13 @@ def leases(daemon: LiveDaemon) -> int:
 
 
 def test_beside_another_connector(
-    model: Path, expected: list[list[int]], daemons: tuple[LiveDaemon, LiveDaemon]
+    model: Path,
+    expected: list[list[int]],
+    daemons: tuple[LiveDaemon, LiveDaemon],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """vLLM stores with both, loads with the first that has something, and tells the counts of both."""
+    """vLLM stores with both, loads with the first that has something, and logs the counts of both."""
+    caplog.set_level(logging.INFO, logger="vllm")  # only then vLLM builds what it logs
     one, other = daemons
     for before, restored in (("", 0), ("cleared", RESTORED), ("killed", RESTORED)):
         if before == "cleared":
