@@ -26,6 +26,9 @@ from forebay.client.vllm_layout import Geometry
 from forebay.client.vllm_leases import Chain, LeaseDesk, Question
 from forebay.client.vllm_work import Ending, Load, Part, StepWork, Store
 
+NO_BLOCK = 0
+"""What vLLM puts where a window has left its blocks behind."""
+
 
 @dataclass(slots=True)
 class _Tracked:
@@ -193,7 +196,7 @@ class VllmScheduler:
             tracked.request = request
         local = self._local.pop(id_, None)
         for geometry, ids in zip(self._geometries, block_ids if local is not None else ()):
-            self._fresh.update(filter(None, ids[(local or 0) // geometry.block_tokens :]))  # 0 is no block
+            self._fresh.update(ids[(local or 0) // geometry.block_tokens :])
         asked = self._asked.get(id_)
         if not external_tokens:
             if asked is not None and self._promised.get(id_) != request.num_preemptions:
@@ -208,6 +211,7 @@ class VllmScheduler:
     def step(self, output: Any) -> StepWork:
         """vLLM's `build_connector_meta`."""
         self._take_blocks(output)
+        self._fresh.discard(NO_BLOCK)
         computed = _computed(output)
         self._take_progress(output.num_scheduled_tokens, computed)
         stores = self._stores(output.num_scheduled_tokens, computed) if self._stores_on else ()
