@@ -16,7 +16,6 @@ from array import array
 from forebay.kvstore.eviction.hazard_model import (
     BINS,
     DECAY,
-    HORIZON_BIN,
     HazardModel,
     bin_of,
     chance_within,
@@ -47,11 +46,11 @@ class Chances:
 
     def given_up(self, kind: int, blocks_asked: int, age_s: float, blocks: int) -> None:
         """Blocks are forgotten, which had not been asked for until this age."""
-        self._part(kind, blocks_asked).ended[min(bin_of(age_s), HORIZON_BIN)] += blocks * self._weight
+        self._part(kind, blocks_asked).ended[bin_of(age_s)] += blocks * self._weight
 
     def waits(self, kind: int, blocks_asked: int, age_s: float, blocks: int) -> None:
         """Blocks that are known have this age; to be told of all of them between two refreshes."""
-        self._part(kind, blocks_asked).waiting[min(bin_of(age_s), HORIZON_BIN)] += blocks
+        self._part(kind, blocks_asked).waiting[bin_of(age_s)] += blocks
 
     def refresh(self) -> None:
         """From here on what was told until now is gone by."""

@@ -6,9 +6,12 @@ fixed size). Both policies are judged by the same blocks, so the choice of block
 hardly enters the difference. Roots are followed always, at their own weight: one system prompt may be 4 % of all
 references.
 
-Where LRU was ahead by more than half a point over the last windows of ten minutes, and by more than chance explains,
-it is LRU that chooses for the next half hour. An older window counts half of the next. Chance is judged request by
-request: a small cache holds few chains, and whose chain was asked for once more says little.
+Where LRU is ahead by more than half a point, and by more than chance explains, it chooses for the next half hour, and
+each time that this happens again for twice as long: to try the other once more costs hits where it does badly. There
+is a verdict at the end of the first window, for who has just begun to learn does badly anywhere, and from then on at
+each request. What was seen in a window counts half in the next. A window lasts ten minutes, and as long as it takes to
+see enough requests, or else a quiet daemon would never know; it ends sooner when many have been seen. Chance is judged
+request by request: a small cache holds few chains, and whose chain was asked for once more says little.
 """
 
 from __future__ import annotations
@@ -18,10 +21,12 @@ from itertools import repeat
 from math import sqrt
 from zlib import crc32
 
-WINDOW_S = 600.0
-HOLD_WINDOWS = 3
+WINDOW_S, REQUESTS_MIN, REQUESTS_MAX = 600.0, 500, 2000
+JUDGED_REQUESTS = 100
+"""So many are looked at before there is a verdict."""
+HOLD_WINDOWS, HOLD_WINDOWS_MAX = 3, 3 << 5
 MARGIN = 0.005
-SIGMAS = 2.0
+SIGMAS = 3.0
 REMEMBERED = 0.5
 SHADOW_MAX = 8192
 """Blocks that are followed at most; where there would be more, half of them are followed from then on."""
@@ -40,8 +45,12 @@ class LruGuard:
         """Whether it is a root, by name, longest untouched first."""
         self._roots = 0
         self._began_s: float | None = None
+        self._is_seasoned = False
+        """A window has gone by: before, the other has not learned enough to be judged at any time."""
+        self._requests = 0
         self._windows_left = 0
-        self._asked = self._ahead = self._squares = 0.0
+        self._hold_windows = HOLD_WINDOWS
+        self._asked = self._ahead = self._squares = self._judged = 0.0
 
     def request(self, hashes: Sequence[bytes], present: int, now: float) -> None:
         """A request named this chain, of which the leading `present` blocks were there."""
@@ -55,6 +64,9 @@ class LruGuard:
         self._asked += weight * (len(here) + len(gone)) + 1
         self._ahead += ahead
         self._squares += ahead * ahead
+        self._judged += 1
+        if self._is_seasoned:
+            self._judge(now)
         names = [*reversed(gone), *reversed(here)]
         self._roots -= sum(map(shadow.pop, names, repeat(False)))
         shadow.update(dict.fromkeys(names, False))
@@ -86,19 +98,37 @@ class LruGuard:
             del kept[next(iter(kept))]
         self._shadow, self._roots = kept, sum(kept.values())
 
+    def _judge(self, now: float) -> None:
+        """Whether LRU is to take over."""
+        if self.lru_ahead or self._judged < JUDGED_REQUESTS:
+            return
+        if self._ahead > max(MARGIN * self._asked, SIGMAS * sqrt(self._squares)):
+            self.lru_ahead, self._windows_left = True, self._hold_windows
+            self._hold_windows = min(2 * self._hold_windows, HOLD_WINDOWS_MAX)
+            self._began_s, self._requests = now, 0
+
     def _turn(self, now: float) -> None:
-        """Judge the window that has ended, and begin another."""
+        """End the window where it has lasted long enough, and begin another."""
         if self._began_s is None:
             self._began_s = now
-        if now - self._began_s < WINDOW_S:
+        self._requests += 1
+        least = REQUESTS_MIN if now - self._began_s >= WINDOW_S else REQUESTS_MAX
+        if self._requests <= least:
             return
-        self._began_s = now
+        self._began_s, self._requests = now, 1
         if self.lru_ahead:
             self._windows_left -= 1
             self.lru_ahead = self._windows_left > 0
-        elif self._ahead > max(MARGIN * self._asked, SIGMAS * sqrt(self._squares)):
-            self.lru_ahead, self._windows_left = True, HOLD_WINDOWS
-        remembered = 0.0 if self.lru_ahead else REMEMBERED  # what LRU itself did says nothing about the other
-        self._asked *= remembered
-        self._ahead *= remembered
-        self._squares *= remembered * remembered
+            self._remember(0.0)  # what LRU itself did says nothing about the other
+            return
+        self._is_seasoned = True
+        self._judge(now)
+        if self._ahead <= 0:
+            self._hold_windows = max(self._hold_windows // 2, HOLD_WINDOWS)
+        self._remember(REMEMBERED)
+
+    def _remember(self, share: float) -> None:
+        self._asked *= share
+        self._ahead *= share
+        self._squares *= share * share
+        self._judged *= share

@@ -27,7 +27,7 @@ from typing import NamedTuple
 from forebay.kvstore.eviction import BYPASS, PRIORITY_STEP
 from forebay.kvstore.eviction.chances import Chances
 from forebay.kvstore.eviction.guard import LruGuard
-from forebay.kvstore.eviction.hazard_model import BINS, HORIZON_BIN, HORIZON_S, HazardModel, bin_of
+from forebay.kvstore.eviction.hazard_model import BINS, HORIZON_S, HazardModel, bin_of
 from forebay.kvstore.eviction.lru import LruPolicy
 from forebay.kvstore.eviction.pieces import NO_ROW, Piece, Pieces
 from forebay.kvstore.outcome import StopReason
@@ -47,8 +47,11 @@ indices are computed as seldom as that needs."""
 GRAIN_BLOCKS = 64
 """Victims taken from one piece before the candidates are compared again."""
 SKIPS_MAX = 8
-REPEAT_S = 10.0
-"""A chain that is known whole and was named so lately is the same request: looked up, then acquired."""
+REPEAT_S = 0.03
+"""A chain that is known whole and was looked up so lately is the same request, of another rank of the engine. With ten
+seconds instead, of prompts that came again within a second LRU hit up to 30 points more."""
+LEASE_S = 10.0
+"""So long after a lookup a lease of what it found is the same request."""
 
 
 _SIDES = (True, False)
@@ -127,10 +130,11 @@ class HazardPolicy:
             return
         hashes = list(hashes)
         path, matched = self._pieces.match(hashes)
-        if matched == len(hashes) and self._is_repeated(path[-1][0], opens=opens):
-            return
-        if self._guard is not None:
+        repeated = matched == len(hashes) and self._is_repeated(path[-1][0], opens=opens)
+        if self._guard is not None and (opens or not repeated):
             self._guard.request(hashes, len(rows), self._now)
+        if repeated:
+            return
         fresh = self._pieces.fresh(hashes[matched:])
         last = path[-1][0] if path else None
         goes_on = last is not None and matched >= last.chain - 1
@@ -145,7 +149,7 @@ class HazardPolicy:
 
     def _is_repeated(self, last: Piece, *, opens: bool) -> bool:
         """A chain that is known as far as this piece is named by the request that named it before."""
-        return last.kind != FINISHED and (not opens or self._now - last.touched < REPEAT_S)
+        return last.kind != FINISHED and self._now - last.touched < (REPEAT_S if opens else LEASE_S)
 
     def _relabel(
         self, path: Sequence[tuple[Piece, int]], fresh: Sequence[bytes], turn: int, *, branches: bool, length: int
@@ -458,7 +462,7 @@ class HazardPolicy:
             return
         if age > HORIZON_S:
             self._pieces.trim(piece)
-        self._waiting[piece.kind][min(bin_of(age), HORIZON_BIN)] += len(piece.names)
+        self._waiting[piece.kind][bin_of(age)] += len(piece.names)
         self._chances.waits(piece.kind, _length(piece), age, len(piece.names))
 
     def _given_up(self, piece: Piece, blocks: int) -> None:

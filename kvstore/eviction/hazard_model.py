@@ -19,7 +19,7 @@ from math import log2
 BINS = 40
 FIRST_BIN_S = 0.25
 HORIZON_S = 7200.0
-"""Nothing is learned of what stays away longer."""
+"""What stays away longer is forgotten, unless it is still there: of that, all ages are learned."""
 PRIOR_BLOCKS = 200.0
 """So many blocks of the pooled hazard are added to what a class has seen."""
 DECAY = 0.98
@@ -33,9 +33,6 @@ _EDGES_S = [0.0, *(FIRST_BIN_S * 2 ** (k / 2) for k in range(BINS))]
 def bin_of(age_s: float) -> int:
     """The bin of an age; bin 0 is below 0.25 s, the last holds all that is older."""
     return min(BINS - 1, 1 + int(2 * log2(age_s / FIRST_BIN_S))) if age_s >= FIRST_BIN_S else 0
-
-
-HORIZON_BIN = bin_of(HORIZON_S)
 
 
 class HazardModel:
@@ -67,7 +64,7 @@ class HazardModel:
     def given_up(self, kind: int, age_s: float, blocks: int) -> None:
         """Blocks are forgotten, of which it is known only that they had not been asked for until this age."""
         self._seen.add(kind)
-        self._ended[kind][min(bin_of(age_s), HORIZON_BIN)] += blocks
+        self._ended[kind][bin_of(age_s)] += blocks
 
     def refresh(self, waiting: Sequence[Sequence[float]]) -> None:
         """Compute the indices anew; `waiting[class][bin]` are the blocks that are known and have that age.

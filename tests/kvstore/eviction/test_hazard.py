@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from forebay.kvstore.eviction import BYPASS
-from forebay.kvstore.eviction.hazard import REFRESH_REQUESTS, STRIDE_MAX, HazardPolicy
+from forebay.kvstore.eviction.hazard import LEASE_S, REFRESH_REQUESTS, REPEAT_S, STRIDE_MAX, HazardPolicy
 from forebay.kvstore.eviction.lru import LruPolicy
 from forebay.kvstore.eviction.pieces import GHOSTS_MIN, GHOSTS_PER_BLOCK
 from forebay.kvstore.index import BlockIndex
@@ -222,11 +222,31 @@ def test_lookup_and_acquire_of_one_request_are_one_use() -> None:
     cache = Cache(50)
     cache.ask(names("a", 10), now=0.0)
     for _ in range(5):
-        cache.policy.request(names("a", 8), list(cache.index.walk(names("a", 8))), 0.5, opens=False)
-        cache.policy.request(names("a", 10), list(cache.index.walk(names("a", 10))), 0.5)
+        cache.policy.request(names("a", 8), list(cache.index.walk(names("a", 8))), REPEAT_S / 2, opens=False)
+        cache.policy.request(names("a", 10), list(cache.index.walk(names("a", 10))), REPEAT_S / 2)
     explained = cache.policy.explain(names("a", 1)[0], 1.0)
     assert explained is not None
     assert (explained.kind, explained.turn, explained.age_s) == ("turn 0", 0, 1.0)
+
+
+def test_lease_that_nobody_looked_up_before_is_a_use() -> None:
+    """Clients may fetch without asking first, and engines touch what they have themselves."""
+    cache = Cache(50)
+    cache.ask(names("a", 10), now=0.0)
+    cache.policy.request(names("a", 10), list(cache.index.walk(names("a", 10))), LEASE_S + 1, opens=False)
+    explained = cache.policy.explain(names("a", 1)[0], LEASE_S + 2)
+    assert explained is not None
+    assert (explained.turn, explained.age_s) == (1, 1.0)
+
+
+def test_prompts_in_quick_succession_are_uses_each() -> None:
+    """What comes back within a second is learned of as well; the ranks of an engine, which ask at once, are one."""
+    cache = Cache(50)
+    for at in (0.0, REPEAT_S / 2, 0.3, 0.3 + REPEAT_S / 2, 0.6):
+        cache.policy.request(names("a", 10), [], at)
+    explained = cache.policy.explain(names("a", 1)[0], 1.0)
+    assert explained is not None
+    assert (explained.turn, explained.age_s) == (2, pytest.approx(0.4))
 
 
 def test_classes_are_told_from_what_requests_do() -> None:

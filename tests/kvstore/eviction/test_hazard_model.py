@@ -7,7 +7,15 @@ import random
 
 import pytest
 
-from forebay.kvstore.eviction.hazard_model import BINS, FIRST_BIN_S, HazardModel, bin_of, chance_within, gittins
+from forebay.kvstore.eviction.hazard_model import (
+    BINS,
+    FIRST_BIN_S,
+    HORIZON_S,
+    HazardModel,
+    bin_of,
+    chance_within,
+    gittins,
+)
 
 EDGES_S = [0.0, *(FIRST_BIN_S * 2 ** (k / 2) for k in range(BINS))]
 
@@ -85,3 +93,15 @@ def test_what_is_given_up_has_reached_its_age_and_no_more() -> None:
         model.refresh(nothing(1))
     assert chance_within(censored.hazards(0), 1.0, 3.0) < chance_within(seen.hazards(0), 1.0, 3.0)
     assert chance_within(censored.hazards(0), 90.0, 30.0) == pytest.approx(chance_within(seen.hazards(0), 90.0, 30.0))
+
+
+def test_what_is_older_than_the_horizon_counts_at_its_age() -> None:
+    """Or the few that come back so late would seem to be all that there were, and the oldest would never go."""
+    model, counts = HazardModel(1), nothing(1)
+    age_s = 4 * HORIZON_S
+    model.returned(0, age_s, 100)
+    counts[0][bin_of(age_s)] += 50_000
+    model.given_up(0, age_s, 50_000)
+    model.refresh(counts)
+    assert model.hazards(0)[bin_of(age_s)] == pytest.approx(0.001, rel=0.05)
+    assert model.value(0, age_s) < 1e-6
