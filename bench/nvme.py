@@ -19,7 +19,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Self
 
-from forebay.bench.bandwidth import Bandwidth, write_bandwidth
 from forebay.bench.bounds import pages_of
 from forebay.bench.engine_memory import PLAIN, Layout, Pool, chain
 from forebay.bench.figures import GIB, MIB, Figure
@@ -29,6 +28,7 @@ from forebay.bench.plan import Plan, pinned
 from forebay.bench.processes import BenchError, Daemon, pause, wait_until
 from forebay.bench.timing import Pair, Series, by_turns, take_latency
 from forebay.client import Client
+from forebay.tiers.nvme_bandwidth import Bandwidth, write_bandwidth
 
 DEPTH = 8
 """The default of nvme.queue_depth, and fio's."""

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from forebay.daemon.cli import Exit
-from forebay.daemon.cli_status import duration, printable, size
+from forebay.daemon.cli_status import duration, origin, printable, size
 from forebay.daemon.cli_tools import asking
 from forebay.daemon.control_link import ControlLink
 from forebay.kvstore.errors import BadRequest
@@ -77,7 +77,7 @@ def _plan(story: Story) -> list[str]:
     ]
     lines += [
         f"    link {printable(link['tier'], 16)}: {link['gb_s']:.2f} GB/s, {1000 * link['latency_s']:.2f} ms, "
-        f"{size(link['queued_bytes'])} queued"
+        f"{size(link['queued_bytes'])} queued ({origin(link)})"
         for link in story["links"]
     ]
     rate = f"{1000 * fixed:.2f} ms + {1e6 * each:.2f} us a token + {1e9 * deep:.3f} ns a token and token before it"

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 NAMESPACES_MAX = 20
+_ORIGINS = {"benched": "by bandwidth.json", "assumed": "assumed", "measured": "measured"}
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 
 Document = Mapping[str, Any]
@@ -36,6 +37,12 @@ def duration(seconds: float) -> str:
 
 def percent(part: float, whole: float) -> str:
     return f"{100 * part / whole:.1f} %" if whole else "-"
+
+
+def origin(link: Document) -> str:
+    """Where the bandwidth of a link comes from, in words."""
+    told = printable(str(link.get("origin", "?")), 16)
+    return _ORIGINS.get(told, told)
 
 
 def render(document: Document) -> str:
@@ -206,7 +213,7 @@ def _planned(physics: Document, tiers: Collection[str]) -> str:
     decided = f"load {plans.get('load', 0)}, part {plans.get('part', 0)}, recompute {plans.get('recompute', 0)}"
     decided += f", {plans['late']} loads given up" if plans.get("late") else ""
     links = [
-        f"{link.get('tier')} {link.get('gb_s', 0):.1f} GB/s"
+        f"{link.get('tier')} {link.get('gb_s', 0):.1f} GB/s ({origin(link)})"
         for link in physics.get("links", ())
         if link.get("tier") in tiers
     ]

@@ -279,9 +279,10 @@ class EconomicsConfig:
         low=0.001, high=1e6,
     )  # fmt: skip
     nvme_gb_s: float = setting(
-        "number", 3, "GB/s",
-        "From the drives to host memory, all drives together; assumed until it was measured, which takes a few loads.",
-        low=0.001, high=1e6,
+        "number", 0, "GB/s",
+        "From the drives to host memory, all drives together; assumed until it was measured, which takes a few loads. "
+        "0: what `forebay bench nvme --path` has left in the drives' folders, and 3 without.",
+        low=0, high=1e6,
     )  # fmt: skip
     gpu_dollars_per_hour: float = setting(
         "number", 0, "dollars",

@@ -33,8 +33,8 @@ from forebay.kvstore.admission import WriteTerms
 from forebay.kvstore.errors import BadRequest
 from forebay.kvstore.eviction.policies import served
 from forebay.kvstore.movement import NvmeConfig
-from forebay.kvstore.physics import PhysicsConfig
-from forebay.kvstore.planner import Mode
+from forebay.kvstore.physics import NVME_GB_S, PhysicsConfig
+from forebay.kvstore.planner import Mode, Origin
 from forebay.kvstore.store import Store, StoreConfig
 from forebay.tiers.host import HostTier
 from forebay.tiers.nvme import NvmeTier
@@ -297,12 +297,13 @@ def _store_config(config: Config, nvme: NvmeTier | None) -> StoreConfig:
         reservations_max=limits.reservations,
         nvme=None if nvme is None else _movement_config(config, nvme),
         host_policy=served(config.host.eviction, config.host.equal_cost_tokens),
-        physics=_physics_config(config),
+        physics=_physics_config(config, nvme),
     )
 
 
-def _physics_config(config: Config) -> PhysicsConfig:
+def _physics_config(config: Config, nvme: NvmeTier | None) -> PhysicsConfig:
     economics = config.economics
+    benched = 0.0 if nvme is None or economics.nvme_gb_s else nvme.benched_read_bytes_per_s / 1e9
     return PhysicsConfig(
         mode=Mode(economics.plan),
         prefill_tokens_per_s=economics.prefill_tokens_per_s,
@@ -310,7 +311,8 @@ def _physics_config(config: Config) -> PhysicsConfig:
         token_flops=economics.prefill_gflops_per_token * 1e9,
         gpus=economics.gpus,
         host_gb_s=economics.host_gb_s,
-        nvme_gb_s=economics.nvme_gb_s,
+        nvme_gb_s=economics.nvme_gb_s or benched or NVME_GB_S,
+        nvme_origin=Origin.BENCHED if benched else Origin.ASSUMED,
     )
 
 

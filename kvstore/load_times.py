@@ -13,7 +13,7 @@ from bisect import bisect_left
 from collections import deque
 from statistics import median
 
-from forebay.kvstore.planner import Link
+from forebay.kvstore.planner import Link, Origin
 
 SAMPLES = 9
 """Loads of each size class that are remembered."""
@@ -32,6 +32,10 @@ class LoadTimes(Link):
         self._samples: dict[int, deque[tuple[int, float]]] = {}
         self._sizes: list[float] = []
         self._seconds: list[float] = []
+
+    @property
+    def origin(self) -> Origin:
+        return Origin.MEASURED if self._sizes else super().origin
 
     def measured(self, size_bytes: int, busy_s: float) -> None:
         """A load of so many bytes took so long."""

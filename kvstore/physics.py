@@ -23,6 +23,7 @@ from forebay.kvstore.planner import (
     Demand,
     Link,
     Mode,
+    Origin,
     Plan,
     PrefillRate,
     plan,
@@ -30,6 +31,8 @@ from forebay.kvstore.planner import (
 )
 from forebay.kvstore.recording import Recording
 
+NVME_GB_S = 3.0
+"""What a drive is taken for where nothing at all is known of it."""
 SIZES_TOLD = (0.0625, 0.125, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0, 4.0)
 """Of the curve, at these multiples of all tiers' capacity, status and metrics tell."""
 HORIZON = SIZES_TOLD[-1]
@@ -57,6 +60,7 @@ class PhysicsConfig:
         token_flops: operations for one token at the beginning of a prompt.
         gpus: of one replica.
         host_gb_s, nvme_gb_s: of the links.
+        nvme_origin: of the second.
     """
 
     mode: Mode = Mode.AUTO
@@ -65,7 +69,8 @@ class PhysicsConfig:
     token_flops: float = 0.0
     gpus: int = 1
     host_gb_s: float = 20.0
-    nvme_gb_s: float = 3.0
+    nvme_gb_s: float = NVME_GB_S
+    nvme_origin: Origin = Origin.ASSUMED
 
 
 NOTHING_KNOWN = PhysicsConfig()
@@ -112,12 +117,13 @@ class PlanCounts:
 
 @dataclass(frozen=True, slots=True)
 class LinkStats:
-    """``gb_s`` and ``latency_s`` as plans take them now, for blocks of 1 MiB."""
+    """``gb_s`` and ``latency_s`` as plans take them now, for blocks of 1 MiB; where they come from is ``origin``."""
 
     tier: str
     gb_s: float
     latency_s: float
     queued_bytes: int
+    origin: Origin = Origin.ASSUMED
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +164,7 @@ class Physics:
         self.capacity_bytes = capacity_bytes
         self.curve = ReuseCurve(horizon_bytes=int(HORIZON * capacity_bytes))
         self.prefill = PrefillRate(config.prefill_tokens_per_s, config.prefill_double_tokens)
-        self.links = (LoadTimes("host", config.host_gb_s), Link("nvme", config.nvme_gb_s))
+        self.links = (LoadTimes("host", config.host_gb_s), Link("nvme", config.nvme_gb_s, origin=config.nvme_origin))
         self.savings = Savings()
         self.plans = PlanCounts()
         self._curves: dict[Group, NamespaceCurve] = {}
@@ -310,7 +316,7 @@ class Physics:
     def link_stats(self) -> tuple[LinkStats, ...]:
         """What plans take the links for now."""
         return tuple(
-            LinkStats(link.name, link.bytes_per_s(1 << 20) / 1e9, link.latency_s, link.queued_bytes)
+            LinkStats(link.name, link.bytes_per_s(1 << 20) / 1e9, link.latency_s, link.queued_bytes, link.origin)
             for link in self.links
         )
 

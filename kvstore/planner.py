@@ -43,12 +43,21 @@ class Mode(StrEnum):
     NEVER = "never"
 
 
+class Origin(StrEnum):
+    """Where the bandwidth of a link comes from."""
+
+    ASSUMED = "assumed"
+    BENCHED = "benched"
+    MEASURED = "measured"
+
+
 class Link:
     """What is known of the way from one tier to the engine.
 
     Args:
         name: the tier's.
         gb_s, latency_s: assumed until something was measured.
+        origin: of `gb_s`.
     """
 
     __slots__ = (
@@ -57,20 +66,27 @@ class Link:
         "_bytes",
         "_effective",
         "_last_done_s",
+        "_origin",
         "latency_s",
         "name",
         "queued_bytes",
     )
 
-    def __init__(self, name: str, gb_s: float, latency_s: float = 0.0) -> None:
+    def __init__(self, name: str, gb_s: float, latency_s: float = 0.0, *, origin: Origin = Origin.ASSUMED) -> None:
         self.name = name
         self.latency_s = latency_s
         self.queued_bytes = 0
+        self._origin = origin
         self._effective = [gb_s * 1e9] * _CLASSES
         self._bandwidths = [0.0] * _CLASSES
         self._bytes = [0] * _CLASSES
         self._busy_s = [0.0] * _CLASSES
         self._last_done_s = 0.0
+
+    @property
+    def origin(self) -> Origin:
+        """Of what it is taken for now: whatever was measured here, of any size, counts more than what was said."""
+        return Origin.MEASURED if any(self._bandwidths) else self._origin
 
     def begin(self, size_bytes: int) -> None:
         """A transfer waits or runs."""

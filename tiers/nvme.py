@@ -16,11 +16,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 
 from forebay.kvstore.errors import ForebayError
 from forebay.tiers.base import TierInfo
 from forebay.tiers.deadline import within
 from forebay.tiers.files import Files, OsFiles
+from forebay.tiers.nvme_bandwidth import BANDWIDTH_NAME, BadBandwidth, Bandwidth, read_bandwidth
 from forebay.tiers.nvme_drive import Drive, open_drive
 from forebay.tiers.nvme_format import HASH_BYTES_MAX, PAGE, slabs_in, slots_per_slab
 from forebay.tiers.nvme_index import Committer
@@ -97,6 +99,9 @@ class NvmeTier:
         self.slab_bytes = options.slab_bytes
         self.slabs = self._slabs_per_drive * len(options.paths)
         """Over all drives; fewer after `start` when a drive had to be left out."""
+        self.benched_read_bytes_per_s = 0.0
+        """What all drives that are up were measured to read together, by their bandwidth.json; those that have none
+        count as the others do. 0: none has one."""
         self.first_generation = 0
         """The least generation to give to what is written in this life of the tier; 0 before `start`."""
         self._options = options
@@ -132,6 +137,8 @@ class NvmeTier:
         drives = self._begin_lives(drives)
         self.slabs = self._slabs_per_drive * len(drives)
         self._down = "" if drives else "; ".join(reason for _, reason in self._refused)
+        rates = [found.read_bytes_per_s for drive in drives if (found := self._benched(drive.directory)) is not None]
+        self.benched_read_bytes_per_s = len(drives) * fmean(rates) if rates else 0.0
         self._slabs_found = [None] * len(drives)
         self._restores_left = len(drives)
         self._units = [self._make_unit(number, drive) for number, drive in enumerate(drives)]
@@ -279,6 +286,14 @@ class NvmeTier:
         with contextlib.suppress(OSError):  # a place that cannot be asked about is used without a warning
             self._warnings += drive.warnings()
         return drive
+
+    def _benched(self, path: Path) -> Bandwidth | None:
+        """What a benchmark left there; a file that cannot be believed costs a warning, and no more."""
+        try:
+            return within(OPEN_S, partial(read_bandwidth, path), late=lambda _: None)
+        except (TimeoutError, OSError, BadBandwidth) as error:
+            self._warnings.append(f"{path / BANDWIDTH_NAME} is not used: {error}")
+            return None
 
     def _begin_lives(self, drives: list[Drive]) -> list[Drive]:
         """Give all drives one epoch, later than any they have seen; the generations of this life begin with it."""

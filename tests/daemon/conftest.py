@@ -20,6 +20,7 @@ from forebay.kvstore.physics import (
     PlanCounts,
     Savings,
 )
+from forebay.kvstore.planner import Origin
 from forebay.kvstore.stats import Counters, MovementStats, NamespaceStats, StoreStats, TierStats
 from forebay.kvstore.store import TIER_NAMES
 from forebay.tiers.base import TierInfo
@@ -44,7 +45,7 @@ def physics_stats() -> PhysicsStats:
     return PhysicsStats(
         savings=Savings(5000, 6e15, 700.0, 80.0),
         plans=PlanCounts(11, 12, 13, (_errors(1), _errors(2)), 4),
-        links=(LinkStats("host", 20.0, 0.0, 0), LinkStats("nvme", 3.0, 1e-3, 4096)),
+        links=(LinkStats("host", 20.0, 0.0, 0), LinkStats("nvme", 3.0, 1e-3, 4096, Origin.BENCHED)),
         prefill_samples=14,
         prefill_line=(0.004, 1e-4, 1e-9),
         curve=points,

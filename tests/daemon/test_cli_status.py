@@ -114,7 +114,8 @@ def test_what_was_saved_and_what_plans_go_by_is_shown(document: dict[str, Any]) 
     saved = next(line for line in lines if line.startswith("saved: "))
     assert saved.startswith("saved: 5000 tokens not computed, 6.0 PFLOP, 620.0 GPU-seconds net of 80.0 for loading, $")
     plans = next(line for line in lines if line.startswith("plans: "))
-    assert "load 11, part 12, recompute 13, 4 loads given up; host 20.0 GB/s, nvme 3.0 GB/s; " in plans
+    assert "load 11, part 12, recompute 13, 4 loads given up; " in plans
+    assert "; host 20.0 GB/s (assumed), nvme 3.0 GB/s (by bandwidth.json); " in plans
     assert "prefill 10000 tokens/s + 4.0 ms" in plans
     assert any(line.startswith("would hit, by size of all tiers: 256.0 MiB 11.6%") for line in lines)
 

@@ -11,8 +11,10 @@ import urllib.request
 import pytest
 
 from forebay.client import Client
+from forebay.tiers.nvme_bandwidth import Bandwidth, write_bandwidth
 from support.actor import SPEC, chain, payload
 from support.live import LiveDaemon, eventually
+from support.nvme_live import NvmeDaemon
 
 
 def _mode(path: os.PathLike[str]) -> int:
@@ -104,3 +106,30 @@ def test_idle_daemon_does_not_spin() -> None:
         asked = sum(v["requests"] for v in after["verbs"]) - sum(v["requests"] for v in before["verbs"])
         turns = after["loop"]["turns"] - before["loop"]["turns"]
         assert turns < 10 * asked + 100, f"{turns} turns for {asked} requests"
+
+
+def test_what_a_benchmark_measured_is_what_plans_begin_with() -> None:
+    """And the configuration says more than the file, and a file that cannot be believed is named in the log."""
+
+    def link() -> tuple[float, str]:
+        _, nvme = daemon.store()["physics"]["links"]
+        return nvme["gb_s"], nvme["origin"]
+
+    with NvmeDaemon() as daemon:
+        assert link() == (3.0, "assumed")
+        file = daemon.paths[0] / "bandwidth.json"
+        daemon.stop()
+        write_bandwidth(daemon.paths[0], Bandwidth(7 * 10**9, 10**9, 2 << 20, 8, "2026-01-02T03:04:05Z"))
+        daemon.start()
+        assert link() == (7.0, "benched")
+        daemon.stop()
+        daemon.settings["economics.nvme_gb_s"] = 1.5
+        daemon.start()
+        assert link() == (1.5, "assumed")
+        daemon.stop()
+        del daemon.settings["economics.nvme_gb_s"]
+        file.write_text(file.read_text().replace("7000000000", '"fast"'))
+        daemon.start()
+        assert link() == (3.0, "assumed")
+        assert "bandwidth.json is not used: read_bytes_per_s is 'fast'" in daemon.log()
+        assert daemon.status()["ready"]

@@ -7,6 +7,7 @@ import random
 import pytest
 
 from forebay.kvstore.load_times import SAMPLES, LoadTimes
+from forebay.kvstore.planner import Origin
 
 MIB = 1 << 20
 
@@ -28,6 +29,9 @@ def test_until_a_load_was_measured_the_assumption_stands() -> None:
     link = LoadTimes("host", 20.0, 0.001)
     assert link.eta_s(20_000_000) == pytest.approx(0.002)
     assert link.bytes_per_s(MIB) == 20e9
+    assert link.origin is Origin.ASSUMED
+    link.measured(MIB, true_s(MIB))
+    assert link.origin is Origin.MEASURED
 
 
 def test_one_size_speaks_for_all_in_proportion() -> None:

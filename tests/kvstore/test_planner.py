@@ -8,7 +8,7 @@ import time
 import pytest
 
 from forebay.kvstore.load_times import LoadTimes
-from forebay.kvstore.planner import Backlog, Demand, Link, Mode, PrefillRate, plan, soft_deadline_s
+from forebay.kvstore.planner import Backlog, Demand, Link, Mode, Origin, PrefillRate, plan, soft_deadline_s
 
 BLOCK_TOKENS, BLOCK_BYTES = 16, 2 << 20
 PREFILL = PrefillRate(30_000.0, 30_600.0)
@@ -46,6 +46,19 @@ def test_bytes_that_wait_count() -> None:
     assert plan(demand((link, 1024)), PREFILL).blocks == 0
     link.cancel(20 << 30)
     assert link.queued_bytes == 0
+
+
+def test_what_was_measured_overtakes_what_a_benchmark_said() -> None:
+    """The first transfers do, for sizes that were never moved as well."""
+    link = Link("nvme", 5.0, origin=Origin.BENCHED)
+    assert (link.origin, link.bytes_per_s(BLOCK_BYTES)) == (Origin.BENCHED, 5e9)
+    assert plan(demand((link, 1024)), PREFILL).blocks == 1024
+    for at in range(10):
+        link.begin(32 << 20)
+        link.done(32 << 20, float(at), at + (32 << 20) / 0.5e9)
+    assert link.origin is Origin.MEASURED
+    assert link.bytes_per_s(BLOCK_BYTES) == pytest.approx(0.5e9)
+    assert plan(demand((link, 1024)), PREFILL).blocks == 0
 
 
 def test_those_who_wait_for_the_engine_make_loading_worth_more() -> None:

@@ -13,6 +13,7 @@ from tests.tiers.nvme_rig import BYTES, OWNER, SLAB, SLABS, SLOT, WAIT_S, Faulty
 from forebay.tiers import nvme
 from forebay.tiers.files import FilesystemInfo
 from forebay.tiers.nvme import NvmeTier
+from forebay.tiers.nvme_bandwidth import Bandwidth, write_bandwidth
 from forebay.tiers.nvme_drive import DATA_NAME
 from forebay.tiers.nvme_format import PAGE
 from forebay.tiers.nvme_jobs import IoStatus, NvmeOptions, RestoreDone, SlabOwner
@@ -286,6 +287,37 @@ def test_drive_that_cannot_be_used_is_left_out_with_a_warning(tmp_path: Path) ->
     assert (info.up, info.slabs) == (True, SLABS)
     assert any("bad is not a directory" in warning for warning in info.warnings)
     assert [drive.up for drive in rig.tier.detail().drives] == [True, False]
+    rig.close()
+
+
+def benched(path: Path, read_bytes_per_s: int) -> Path:
+    """A drive's folder in which a benchmark has left what it measured."""
+    path.mkdir(mode=0o700)
+    write_bandwidth(path, Bandwidth(read_bytes_per_s, 10**9, 2 << 20, 8, "2026-01-02T03:04:05Z"))
+    return path
+
+
+def test_rates_that_a_benchmark_left_on_the_drives_are_added_up(tmp_path: Path) -> None:
+    """A drive without such a file counts as the others do, one that is not used not at all."""
+    (tmp_path / "bad").touch()
+    paths = benched(tmp_path / "a", 2 * 10**9), benched(tmp_path / "b", 4 * 10**9), tmp_path / "c", tmp_path / "bad"
+    rig = Rig(*paths)
+    assert rig.tier.benched_read_bytes_per_s == 9e9
+    rig.close()
+    rig = Rig(tmp_path / "c")
+    assert rig.tier.benched_read_bytes_per_s == 0
+    assert not any("bandwidth" in warning for warning in rig.tier.describe().warnings)
+    rig.close()
+
+
+def test_rates_that_cannot_be_believed_cost_a_warning(tmp_path: Path) -> None:
+    path = benched(tmp_path / "drive", 2 * 10**9)
+    (path / "bandwidth.json").write_text("{}")
+    rig = Rig(path)
+    assert rig.tier.benched_read_bytes_per_s == 0
+    assert rig.tier.describe().up
+    [warning] = [each for each in rig.tier.describe().warnings if "bandwidth" in each]
+    assert warning == f"{path}/bandwidth.json is not used: its version is None, not 1"
     rig.close()
 
 
