@@ -68,7 +68,10 @@ def advice(document: Document) -> dict[str, Any]:
     prices = document.get("prices") or {}
     links = {link["tier"]: link["gb_s"] for link in physics.get("links", ())}
     tiers = [tier["tier"] for tier in store.get("tiers", ())]
-    more = [_addition(tier, int(capacity * share), capacity, points, prices, links) for tier in tiers for share in MORE]
+    waiting = {tier: physics.get("gpus", 1) / (1e9 * rate) for tier, rate in links.items() if rate}
+    more = [
+        _addition(tier, int(capacity * share), capacity, points, prices, waiting) for tier in tiers for share in MORE
+    ]
     return {
         "capacity_bytes": capacity,
         "curve": points,
@@ -78,13 +81,16 @@ def advice(document: Document) -> dict[str, Any]:
 
 
 def _addition(
-    tier: str, extra: int, capacity: int, points: Sequence[Document], prices: Document, links: Mapping[str, float]
+    tier: str, extra: int, capacity: int, points: Sequence[Document], prices: Document, waiting: Mapping[str, float]
 ) -> dict[str, Any]:
-    """What so many bytes more of a tier bring a day, net of the time to load what they hit."""
+    """What so many bytes more of a tier bring a day, net of the time to load what they hit.
+
+    `waiting`: GPU-seconds that a byte out of each tier takes, of all GPUs of a replica.
+    """
     now, then = at(points, capacity), at(points, capacity + extra)
     hit_bytes = then["hit_bytes_per_day"] - now["hit_bytes_per_day"]
     gpu_s = then["gpu_s_per_day"] - now["gpu_s_per_day"]
-    load_s = hit_bytes / (links[tier] * 1e9) if links.get(tier) and gpu_s else 0.0
+    load_s = hit_bytes * waiting.get(tier, 0.0) if gpu_s else 0.0
     saved = (gpu_s - load_s) * prices.get("gpu_hour", 0.0) / 3600
     cost = extra / GIB * prices.get(f"{tier}_gib_month", 0.0) / MONTH_DAYS
     return {

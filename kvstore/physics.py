@@ -139,7 +139,10 @@ class CurvePoint:
 
 @dataclass(frozen=True, slots=True)
 class PhysicsStats:
-    """Everything above at one instant. ``curves`` is by namespace fingerprint: (size, share of its blocks)."""
+    """Everything above at one instant. ``curves`` is by namespace fingerprint: (size, share of its blocks).
+
+    ``gpus`` are of one replica, as configured: all of them wait for a load.
+    """
 
     savings: Savings
     plans: PlanCounts
@@ -150,6 +153,7 @@ class PhysicsStats:
     curves: tuple[tuple[str, tuple[tuple[int, float], ...]], ...]
     curve_keys: int
     curve_skipped: int
+    gpus: int = 1
 
 
 class Physics:
@@ -364,6 +368,7 @@ class Physics:
             ),
             curve_keys=self.curve.keys,
             curve_skipped=self._skipped,
+            gpus=self.config.gpus,
         )
 
     def point(self, size_bytes: int, now: float) -> CurvePoint:

@@ -36,6 +36,15 @@ def test_additions_follow_the_curve_the_links_and_the_prices(make_snapshot: Make
     assert host["gpu_s_per_day"] == pytest.approx(100 - 1e11 / 20e9)
 
 
+def test_all_gpus_of_a_replica_wait_for_a_load(make_snapshot: MakeSnapshot) -> None:
+    found = told(make_snapshot())
+    found["store"]["physics"]["gpus"] = 4
+    doubled = next(
+        each for each in cli_advise.advice(found)["more"] if (each["tier"], each["bytes"]) == ("host", 2 * GIB)
+    )
+    assert doubled["gpu_s_per_day"] == pytest.approx(100 - 4 * 1e11 / 20e9)
+
+
 def test_text_has_the_curve_and_a_line_for_each_addition(make_snapshot: MakeSnapshot) -> None:
     lines = cli_advise.render(cli_advise.advice(told(make_snapshot()))).splitlines()
     assert sum("<- now" in line for line in lines) == 1
