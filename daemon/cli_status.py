@@ -57,10 +57,14 @@ def _head(document: Document) -> list[str]:
     process = document.get("process", {})
     name = f"forebay {document.get('version', '?')}  {document.get('state', '?')}  process {document.get('pid', '?')}"
     place = f"up {duration(document.get('uptime_s', 0))}  {printable(document.get('runtime_dir', ''), 200)}"
-    memory = f"memory of the daemon {size(process.get('rss_bytes', 0))}, processor {process.get('cpu_s', 0):.1f} s"
+    drives = ((document.get("nvme") or {}).get("drives")) or ()
+    beside = sum(drive.get("io_memory_bytes", 0) for drive in drives)
+    of_drives = f", of its drives' I/O {size(beside)}" if beside else ""
+    memory = f"memory of the daemon {size(process.get('rss_bytes', 0))}{of_drives}"
+    processor = f"processor {process.get('cpu_s', 0):.1f} s"
     descriptors = f"descriptors {process.get('open_fds', 0)} of {process.get('fds_max', 0)}"
     reasons = [f"NOT READY: {printable(reason, 300)}" for reason in document.get("not_ready", [])]
-    return [f"{name}  {place}", f"{memory}, {descriptors}", *reasons]
+    return [f"{name}  {place}", f"{memory}, {processor}, {descriptors}", *reasons]
 
 
 def _tiers(document: Document, store: Document) -> list[str]:
@@ -108,7 +112,13 @@ def _drive(drive: Document) -> str:
     state = f"index {drive.get('index', '?')}{_because(drive.get('index_reason'))}"
     index = f"{state}, {drive.get('index_records', 0)} blocks"
     waiting = f", {drive['index_queue']} changes waiting" if drive.get("index_queue") else ""
-    return f"up, {io}, {reads}, {writes}{paused}, {index}{waiting}"
+    return f"up, {io}, {reads}, {writes}{paused}, {index}{waiting}{_ended(drive)}"
+
+
+def _ended(drive: Document) -> str:
+    """Empty where the drive's I/O process has never ended by itself."""
+    ends = drive.get("io_process_ends", 0)
+    return f", I/O PROCESS ENDED {ends} times{_because(drive.get('io_process_reason'))}" if ends else ""
 
 
 def _because(reason: str | None) -> str:

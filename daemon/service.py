@@ -38,6 +38,8 @@ from forebay.kvstore.planner import Mode, Origin
 from forebay.kvstore.store import Store, StoreConfig
 from forebay.tiers.host import HostTier
 from forebay.tiers.nvme import NvmeTier
+from forebay.tiers.nvme_io import buffer_bytes_max
+from forebay.tiers.nvme_io_process import IO_PROCESS_BYTES
 from forebay.tiers.nvme_jobs import NvmeOptions
 from forebay.transports import paths
 from forebay.transports.messages import BOOT_ID_BYTES
@@ -149,6 +151,7 @@ class Service:
                 populate_threads=host.populate_threads,
                 lock=host.lock,
                 numa_node=host.numa_node,
+                beside_bytes=_io_bytes_max(self._config),
             )
         except ValueError as error:
             raise BadRequest(f"[host] does not fit this machine: {error}") from error
@@ -267,6 +270,13 @@ def run(config: Config, *, notify_socket: str | None, watchdog_usec: int | None,
     """Serve in this process until told to stop; see `Service`."""
     with closing(Notifier(notify_socket, watchdog_usec)) as notifier:
         Service(config, notifier, reload).run()
+
+
+def _io_bytes_max(config: Config) -> int:
+    """Memory that the I/O of all drives may take beside the host's slabs, with staging wherever it is not forbidden."""
+    nvme = config.nvme
+    each = IO_PROCESS_BYTES + buffer_bytes_max(nvme.queue_depth, is_staged=nvme.staging != "never")
+    return len(nvme.paths) * each
 
 
 def _uids(config: Config) -> tuple[int, ...]:

@@ -48,13 +48,15 @@ class HostTier:
         populate_threads: int = 0,
         lock: LockMode = "auto",
         numa_node: int = -1,
+        beside_bytes: int = 0,
         memory: Memory | None = None,
         machine: MachineMemory | None = None,
     ) -> None:
         """Decide everything, take nothing yet.
 
-        `populate_threads` 0 means half of the cores, at most 8; `numa_node` -1 means any. `memory` and `machine` are
-        the seams of tests. Raises ValueError for sizes that hold no slab, or a NUMA node that is not there.
+        `populate_threads` 0 means half of the cores, at most 8; `numa_node` -1 means any. `beside_bytes` is what the
+        daemon may take beside the tier, for the question whether all of it fits. `memory` and `machine` are the seams
+        of tests. Raises ValueError for sizes that hold no slab, or a NUMA node that is not there.
         """
         if slab_bytes < PAGE_BYTES or slab_bytes % PAGE_BYTES:
             raise ValueError(f"slab of {slab_bytes} bytes: not a multiple of {PAGE_BYTES}")
@@ -65,6 +67,7 @@ class HostTier:
         self.capacity_bytes = self.slabs * slab_bytes
         self._memory = memory or Memory()
         self._machine = machine or MachineMemory()
+        self._beside_bytes = beside_bytes
         self._cpus = sorted(os.sched_getaffinity(0))
         self._nodes = choose_nodes(numa_node, self._machine)
         self._numa_node = numa_node
@@ -309,11 +312,12 @@ class HostTier:
     def _fits(self) -> bool:
         """Whether the machine has the memory; populating more than that would call the OOM killer."""
         available = self._machine.available_bytes()
-        if self._pages == "hugetlb" or self.capacity_bytes <= available:
+        if self._pages == "hugetlb" or self.capacity_bytes + self._beside_bytes <= available:
             return True
+        beside = f" and the drives' I/O {self._beside_bytes}" if self._beside_bytes else ""
         self._warn(
-            f"the host tier may take {self.capacity_bytes} bytes and {available} are available: it is not populated "
-            "in advance; make it smaller"
+            f"the host tier may take {self.capacity_bytes} bytes{beside}, and {available} are available: it is not "
+            "populated in advance; make it smaller"
         )
         return False
 

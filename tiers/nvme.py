@@ -149,6 +149,7 @@ class NvmeTier:
 
     def describe(self) -> TierInfo:
         """The state now; `detail` has what is particular to this tier."""
+        reason = self._why_down()
         return TierInfo(
             tier=self.name,
             capacity_bytes=self.slabs * self.slab_bytes,
@@ -159,10 +160,17 @@ class NvmeTier:
             populated_bytes=0,
             locked_bytes=0,
             numa_node=-1,
-            warnings=tuple(self._warnings),
-            up=not self._down,
-            reason=self._down,
+            warnings=(*self._warnings, *filter(None, map(_given_up, self._units))),
+            up=not reason,
+            reason=reason,
         )
+
+    def _why_down(self) -> str:
+        """Why no drive can be used; empty while one can."""
+        given_up = [_given_up(unit) for unit in self._units]
+        if self._down or not all(given_up):
+            return self._down
+        return "; ".join([*(reason for _, reason in self._refused), *given_up])
 
     def detail(self) -> NvmeInfo:
         """Drives, counters and histograms now. Cheap, but not for every request: it adds up over all threads."""
@@ -513,17 +521,24 @@ def _check_names(job: LoadJob | WriteJob) -> None:
             raise ValueError(f"job {job.job_id} has a depth beyond 32 bits")
 
 
+def _given_up(unit: _Unit) -> str:
+    """Why a drive that was opened is not used any more; empty while it is."""
+    return unit.io.reason if isinstance(unit.io, IoProcess) and unit.io.given_up else ""
+
+
 def _drive_info(unit: _Unit) -> DriveInfo:
     drive, io, committer, restore = unit.drive, unit.io, unit.committer, unit.restore
     loads, writes = io.queued_blocks()
     loading, storing = io.under_way()
+    process = io if isinstance(io, IoProcess) else None
+    no_process = "" if process is None else process.why_down
     return DriveInfo(
         path=str(drive.directory),
-        up=True,
-        reason=unit.health.reason,
+        up=not _given_up(unit),
+        reason=no_process or unit.health.reason,
         io="staged" if unit.is_staged else "direct" if drive.is_direct else "buffered",
         io_reason=drive.io_reason,
-        writing=not unit.health.is_down(),
+        writing=not (no_process or unit.health.is_down()),
         queued_load_blocks=loads,
         queued_write_blocks=writes,
         loading=loading,
@@ -533,6 +548,9 @@ def _drive_info(unit: _Unit) -> DriveInfo:
         index_records=restore.blocks if committer.records is None else committer.records,
         index_queue=committer.queued_blocks(),
         lifetime_written_bytes=drive.lifetime_written_bytes,
+        io_process_ends=0 if process is None else process.ends,
+        io_process_reason="" if process is None else process.reason,
+        io_memory_bytes=io.memory_bytes(),
     )
 
 

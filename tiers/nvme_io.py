@@ -32,9 +32,9 @@ from collections.abc import Callable, Iterable, Sequence
 from xxhash import xxh3_64_intdigest
 
 from forebay.tiers.nvme_drive import SlotFile
-from forebay.tiers.nvme_format import check_slot, pack_slot, slot_offset, slot_stride
+from forebay.tiers.nvme_format import PAGE, check_slot, pack_slot, slot_offset, slot_stride
 from forebay.tiers.nvme_jobs import LATENCY_BOUNDS_S, IoStatus, Latency, LoadJob, WriteJob
-from forebay.tiers.nvme_staging import Passage, Staged, Straight, blank, move
+from forebay.tiers.nvme_staging import STAGED_BYTES_MAX, Passage, Staged, Straight, blank, move
 
 log = logging.getLogger(__name__)
 
@@ -114,6 +114,16 @@ def plan_calls(part: Part, slab_bytes: int) -> list[Call]:
         run.append(at)
         next_offset += stride
     return calls
+
+
+def threads_of(queue_depth: int) -> int:
+    """Of each direction of a drive."""
+    return queue_depth + max(1, queue_depth // 2)
+
+
+def buffer_bytes_max(queue_depth: int, *, is_staged: bool) -> int:
+    """The most memory that the threads of one drive take beside the host's slots."""
+    return 2 * threads_of(queue_depth) * (CALL_BLOCKS_MAX * PAGE + is_staged * STAGED_BYTES_MAX)
 
 
 class WriteHealth:
@@ -266,7 +276,6 @@ class DriveIo:
         self._errors = errors
         self._loaded = loaded
         self._written = written
-        self._way = Staged if is_staged else Straight
         # The lock guards the queues, the counts of calls under way, and `calls_left` of parts.
         self._lock = threading.Lock()
         self._load_ready = threading.Condition(self._lock)
@@ -284,18 +293,24 @@ class DriveIo:
         self._may_put = threading.Semaphore(queue_depth)
         self._may_work = threading.Semaphore(max(1, len(os.sched_getaffinity(0)) - 1))
         """For hashing and copying: one core is left to those who ask for what is in memory."""
-        threads = queue_depth + max(1, queue_depth // 2)
+        threads = threads_of(queue_depth)
         self.load_meters = [Meter() for _ in range(threads)]
         self.write_meters = [Meter() for _ in range(threads)]
-        name = drive.directory.name
+        make_way = Staged if is_staged else Straight
+        self._ways = [make_way(CALL_BLOCKS_MAX) for _ in range(2 * threads)]
+        name, ways = drive.directory.name, iter(self._ways)
         self._threads = [
-            threading.Thread(target=target, args=(meter,), name=f"{kind}-{name}-{index}", daemon=True)
+            threading.Thread(target=target, args=(next(ways), meter), name=f"{kind}-{name}-{index}", daemon=True)
             for target, kind, meters in (
                 (self._load_forever, "load", self.load_meters),
                 (self._write_forever, "store", self.write_meters),
             )
             for index, meter in enumerate(meters)
         ]
+
+    def memory_bytes(self) -> int:
+        """Memory taken beside the host's slots; at most `buffer_bytes_max`."""
+        return sum(way.held_bytes for way in self._ways)
 
     def start(self) -> None:
         for thread in self._threads:
@@ -366,8 +381,7 @@ class DriveIo:
 
     # --- loads ---
 
-    def _load_forever(self, meter: Meter) -> None:
-        way = self._way(CALL_BLOCKS_MAX)
+    def _load_forever(self, way: Straight, meter: Meter) -> None:
         while (call := self._await_load()) is not None:
             while call is not None:
                 try:
@@ -478,8 +492,7 @@ class DriveIo:
 
     # --- writes ---
 
-    def _write_forever(self, meter: Meter) -> None:
-        way = self._way(CALL_BLOCKS_MAX)
+    def _write_forever(self, way: Straight, meter: Meter) -> None:
         while (call := self._await_write()) is not None:
             while call is not None:
                 try:

@@ -166,6 +166,7 @@ class IoChild:
             writes=added(self._io.write_meters),
             errors=self._errors.taken(),
             failures=reasons,
+            buffer_bytes=self._io.memory_bytes(),
         )
 
 

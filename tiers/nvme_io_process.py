@@ -3,6 +3,9 @@
 Sending never waits: what a full socket does not take is left for the thread that listens. The process may die, and is
 then started again. What it had under way ends only once it is gone for certain, since its writes must not land in slots
 that have been given to others: writes as I/O errors, and loads as DOWN, for nothing is known against their blocks.
+
+One that ends again and again is given up for this life of the daemon, and with it the drive. Loads are I/O errors from
+then on, so that whoever asks for a block of it can store that block anew.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from forebay.tiers.nvme_drive import Drive
@@ -37,6 +41,10 @@ STUCK_S = 10.0
 _COMMAND = (sys.executable, "-P", "-m", "forebay.tiers.nvme_io_child")
 _RESTART_FIRST_S = 0.1
 _RESTART_MAX_S = 60.0
+IO_PROCESS_BYTES = 24 << 20
+"""What such a process takes beside the host's slabs and its buffers."""
+ENDS_MAX = 10
+"""So many processes in a row, none of which lived for _RESTART_MAX_S, give the drive up; the pauses alone take 51 s."""
 _LAST_S = 0.2
 _LOOK_S = 1.0
 _MEMORY_AGAIN_MS = 5
@@ -84,6 +92,11 @@ class IoProcess:
         self._stream: socket.socket | None = None
         self._channel: socket.socket | None = None
         self._closing = threading.Event()
+        self.ends = 0
+        """Processes that ended though nobody told them to, or could not be started."""
+        self.reason = ""
+        """How the last of those ended, in a sentence that names the drive."""
+        self.given_up = False
         self._before = State()
         """What earlier processes have counted."""
         self._state = State()
@@ -103,6 +116,16 @@ class IoProcess:
         child = self._child
         return 0 if child is None else child.pid
 
+    @property
+    def why_down(self) -> str:
+        """Why there is no process; empty while there is one."""
+        return "" if self._child is not None else self.reason
+
+    def memory_bytes(self) -> int:
+        """What the process takes for itself, the host's slabs not counted; 0 while there is none."""
+        pid = self.pid
+        return own_bytes(pid) + self._state.buffer_bytes if pid else 0
+
     def start(self) -> None:
         """Start the process; by the thread that lives as long as the daemon, for the process ends with it."""
         self._try_spawn()
@@ -113,7 +136,7 @@ class IoProcess:
         with self._lock:
             sent = self._takes(part) and self._send_part(part)
         if not sent:
-            _set_all(part, IoStatus.DOWN)
+            _set_all(part, IoStatus.IO_ERROR if self.given_up and not _writes(part) else IoStatus.DOWN)
             self._errors.add("write_down" if _writes(part) else "load_down", len(part.blocks))
             self._tell(part)
 
@@ -260,11 +283,10 @@ class IoProcess:
         try:
             self._spawn()
         except OSError as error:
-            self._health.reason = f"no I/O process: {error}"
-            log.error("no I/O process for %s: %s", self._drive.directory, error)
+            self.reason = f"no I/O process for {self._drive.directory}: {error}"
 
     def _listen_forever(self) -> None:
-        pause_s = _RESTART_FIRST_S
+        pause_s, in_a_row = _RESTART_FIRST_S, 0
         while True:
             begun_s = time.monotonic()
             try:
@@ -276,8 +298,15 @@ class IoProcess:
             if self._closing.is_set():
                 return
             if time.monotonic() - begun_s > _RESTART_MAX_S:
-                pause_s = _RESTART_FIRST_S
-            log.error("the I/O process of %s has ended; the next one starts in %.1f s", self._drive.directory, pause_s)
+                pause_s, in_a_row = _RESTART_FIRST_S, 0
+            self.ends += 1
+            in_a_row += 1
+            if in_a_row >= ENDS_MAX:
+                self.reason += f", {in_a_row} times in a row: the drive is not used until the next start"
+                self.given_up = True
+                log.error("%s", self.reason)
+                return
+            log.error("%s; the next one starts in %.1f s", self.reason, pause_s)
             if self._closing.wait(pause_s):
                 return
             pause_s = min(_RESTART_MAX_S, 2 * pause_s)
@@ -358,6 +387,7 @@ class IoProcess:
         while child.poll() is None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 child.wait(_LOOK_S)
+        self.reason = f"the I/O process of {self._drive.directory} {_how_ended(child.returncode)}"
         with self._lock:
             parts, self._parts = list(self._parts.values()), {}
             self._unsent.clear()
@@ -380,6 +410,25 @@ class IoProcess:
             self._end(part)
         if lost and not closing:
             self._errors.add("io_process_ended", lost)
+
+
+def own_bytes(pid: int) -> int:
+    """Resident memory that is a process's own, shared memory not counted; 0 when it cannot be told."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon:")), 0)
+
+
+def _how_ended(code: int) -> str:
+    """A return code of subprocess's, in words."""
+    if code >= 0:
+        return f"ended with exit status {code}"
+    try:
+        return f"was killed by {signal.Signals(-code).name}"
+    except ValueError:
+        return f"was killed by signal {-code}"
 
 
 def _writes(part: Part) -> bool:

@@ -46,17 +46,17 @@ class State:
     writes: Meter = field(default_factory=Meter)
     errors: dict[str, int] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
+    buffer_bytes: int = 0
+    """Memory of its threads' buffers."""
 
     def packed(self) -> list[Any]:
         meters = [[meter.counts, meter.sum_s, meter.bytes, meter.blocks] for meter in (self.loads, self.writes)]
-        return [self.queued_blocks, self.under_way, *meters, self.errors, self.failures]
+        return [self.queued_blocks, self.under_way, *meters, self.errors, self.failures, self.buffer_bytes]
 
     @classmethod
     def unpacked(cls, items: Sequence[Any]) -> State:
-        queued, under_way, loads, writes, errors, failures = items
-        return cls(
-            (queued[0], queued[1]), (under_way[0], under_way[1]), _meter(loads), _meter(writes), errors, failures
-        )
+        queued, under_way, loads, writes, *rest = items
+        return cls((queued[0], queued[1]), (under_way[0], under_way[1]), _meter(loads), _meter(writes), *rest)
 
 
 def _meter(items: Sequence[Any]) -> Meter:

@@ -197,6 +197,8 @@ class DriveInfo:
     """One configured path. `io` is "direct", "staged" (direct, through buffers) or "buffered", that for `io_reason`.
 
     `lifetime_written_bytes` outlives the daemon; 0 for a drive that is not up.
+    `io_process_ends` counts I/O processes of the drive that ended by themselves or could not be started, the last of
+    them for `io_process_reason`; `io_memory_bytes` is what the one that runs takes beside the host's slabs.
     `index` is "loading" (queued until the old one has been read), "rebuilding", "up", or "failing" for `index_reason`.
     """
 
@@ -215,6 +217,9 @@ class DriveInfo:
     index_records: int
     index_queue: int
     lifetime_written_bytes: int
+    io_process_ends: int = 0
+    io_process_reason: str = ""
+    io_memory_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,6 +43,11 @@ class Straight:
         whole = memoryview(mmap.mmap(-1, blocks_max * PAGE))
         self._pages = [whole[at : at + PAGE] for at in range(0, len(whole), PAGE)]
 
+    @property
+    def held_bytes(self) -> int:
+        """Memory it has taken; it never takes less again."""
+        return len(self._pages) * PAGE
+
     def open(self, slots: Sequence[memoryview]) -> Passage:
         """For a call on these, until the next is opened. What the pages and staged slots hold is left from others."""
         return Passage([buffer for pair in zip(self._pages, slots) for buffer in pair], self._pages, slots)
@@ -54,6 +59,10 @@ class Staged(Straight):
     def __init__(self, blocks_max: int) -> None:
         super().__init__(blocks_max)
         self._whole = memoryview(b"")
+
+    @property
+    def held_bytes(self) -> int:
+        return super().held_bytes + len(self._whole)
 
     def open(self, slots: Sequence[memoryview]) -> Passage:
         stride = PAGE + len(slots[0])

@@ -150,6 +150,15 @@ def test_tier_larger_than_the_machine_is_not_populated(make: MakeTier) -> None:
     assert "make it smaller" in tier.describe().warnings[0]
 
 
+def test_tier_that_fits_alone_but_not_beside_the_drives_io_is_not_populated(make: MakeTier) -> None:
+    room = FakeMachine(available=SLABS * SLAB + 1000)
+    tier = make(machine=room, beside_bytes=1001)
+    tier.start()
+    assert not populating_threads()
+    assert "and the drives' I/O 1001, and" in tier.describe().warnings[0]
+    assert make(machine=room, beside_bytes=1000).describe().warnings == ()
+
+
 def test_populating_threads_prefer_the_node(make: MakeTier) -> None:
     memory = FailingMemory()
     tier = make(memory=memory, machine=FakeMachine(nodes=(0, 1)), numa_node=1)

@@ -21,6 +21,7 @@ from forebay.tiers import nvme_io_child, nvme_io_process
 from forebay.tiers.files import OsFiles
 from forebay.tiers.nvme_drive import DATA_NAME, open_existing
 from forebay.tiers.nvme_format import PAGE, slot_offset
+from forebay.tiers.nvme_io import buffer_bytes_max
 from forebay.tiers.nvme_io_process import IoProcess
 from forebay.tiers.nvme_jobs import IoStatus, LoadJob, WriteJob
 from forebay.transports.shm import create_memfd, map_shared
@@ -33,10 +34,10 @@ NEVER = threading.Event()
 class ProcessRig(Rig):
     """A tier whose I/O is done by a process; every block of a job lies in a memfd of its own."""
 
-    def __init__(self, path: Path, **options: Any) -> None:
+    def __init__(self, *paths: Path, **options: Any) -> None:
         self.memfds: dict[int, int] = {}
         self.asked: list[int] = []
-        super().__init__(path, memory=self._handle, **options)
+        super().__init__(*paths, memory=self._handle, **options)
 
     def write_job(self, numbers: Sequence[int], slab: int | Sequence[int] = 0, **changed: Any) -> WriteJob:
         memory = self._new_memory(len(numbers))
@@ -162,6 +163,134 @@ def test_killed_process_costs_what_it_had_under_way_and_comes_back(rig: ProcessR
     info = rig.tier.detail()
     assert info.read_blocks == 10
     assert info.written_blocks == 10, "what the killed process had counted is forgotten"
+
+
+def kill_once(rig: ProcessRig, ends: int) -> None:
+    """Kill the process, and wait until its end is counted."""
+    eventually(lambda: bool(rig.io().pid), "no process took its place")
+    os.kill(rig.io().pid, signal.SIGKILL)
+    eventually(lambda: rig.io().ends == ends, "its end is not counted")
+
+
+def test_process_that_ends_is_counted_with_how_it_ended(rig: ProcessRig) -> None:
+    drive = rig.tier.detail().drives[0]
+    assert (drive.io_process_ends, drive.io_process_reason) == (0, "")
+    for ends in (1, 2):
+        kill_once(rig, ends)
+        drive = rig.tier.detail().drives[0]
+        assert drive.up
+        assert drive.io_process_ends == ends
+        assert drive.io_process_reason == f"the I/O process of {drive.path} was killed by SIGKILL"
+    eventually(lambda: bool(rig.io().pid), "no process took its place")
+    assert set(rig.load(range(10))) == {OK}
+    drive = rig.tier.detail().drives[0]
+    assert drive.writing
+    assert not drive.reason, "what is over is still told as the state now"
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [(0, "ended with exit status 0"), (-11, "was killed by SIGSEGV"), (-63, "was killed by signal 63")],
+)
+def test_how_a_process_ended_is_said_in_words(code: int, said: str) -> None:
+    assert nvme_io_process._how_ended(code) == said
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three ends in a row are enough, and the pauses between them short."""
+    monkeypatch.setattr(nvme_io_process, "ENDS_MAX", 3)
+    monkeypatch.setattr(nvme_io_process, "_RESTART_FIRST_S", 0.01)
+
+
+@pytest.mark.usefixtures("impatient")
+def test_drive_whose_process_ends_again_and_again_is_given_up(rig: ProcessRig, tmp_path: Path) -> None:
+    """Its loads are errors from then on, so that blocks nobody will get from it can be stored anew."""
+    kill_once(rig, 1)
+    kill_once(rig, 2)
+    eventually(lambda: bool(rig.io().pid), "no process took its place")
+    pid = stop(rig)
+    load, write = rig.load_job([1, 2]), rig.write_job([11])
+    rig.tier.load(load)
+    rig.tier.write(write)
+    os.kill(pid, signal.SIGKILL)
+    assert set(rig.wait(load)) == {IoStatus.DOWN}
+    assert rig.wait(write) == [IoStatus.IO_ERROR]
+    eventually(lambda: not rig.tier.describe().up, "the drive is not given up")
+    reason = f"the I/O process of {tmp_path / 'drive'} was killed by SIGKILL, 3 times in a row: "
+    reason += "the drive is not used until the next start"
+    info, [drive] = rig.tier.describe(), rig.tier.detail().drives
+    assert info.reason == drive.reason == reason
+    assert reason in info.warnings
+    assert (drive.up, drive.writing, drive.io_process_ends, drive.io_memory_bytes) == (False, False, 3, 0)
+    assert set(rig.load([1, 2])) == {IoStatus.IO_ERROR}
+    assert set(rig.write([13])) == {IoStatus.DOWN}
+    NEVER.wait(0.1)
+    assert rig.io().pid == 0, "it was started once more"
+    assert rig.io().ends == 3
+
+
+@pytest.mark.usefixtures("impatient")
+def test_drive_that_was_given_up_is_let_go_of_and_has_what_was_durable(
+    make: Callable[..., ProcessRig], tmp_path: Path
+) -> None:
+    rig = make()
+    for ends in (1, 2, 3):
+        kill_once(rig, ends)
+    eventually(lambda: not rig.tier.describe().up, "the drive is not given up")
+    rig.close()
+    again = ProcessRig(tmp_path / "drive")
+    try:
+        again.restore()
+        assert again.numbers() == list(range(10))
+        assert set(again.load_restored(again.blocks)) == {OK}
+    finally:
+        again.close()
+
+
+@pytest.mark.usefixtures("impatient")
+def test_of_two_drives_the_other_one_goes_on(tmp_path: Path) -> None:
+    rig = ProcessRig(tmp_path / "a", tmp_path / "b")
+    try:
+        rig.restore()
+        rig.assign(0)
+        rig.assign(1)
+        assert set(rig.write([1, 2], slab=[0, 1])) == {OK}
+        for ends in (1, 2, 3):
+            kill_once(rig, ends)
+        eventually(lambda: not rig.tier.detail().drives[0].up, "the drive is not given up")
+        assert rig.tier.describe().up
+        assert [drive.up for drive in rig.tier.detail().drives] == [False, True]
+        assert rig.load([1, 2], slab=[0, 1]) == [IoStatus.IO_ERROR, OK]
+    finally:
+        rig.close()
+
+
+def test_process_that_lived_long_enough_is_not_one_in_a_row(rig: ProcessRig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nvme_io_process, "ENDS_MAX", 2)
+    monkeypatch.setattr(nvme_io_process, "_RESTART_MAX_S", 0.0)
+    for ends in (1, 2, 3):
+        kill_once(rig, ends)
+    assert rig.tier.describe().up
+    eventually(lambda: bool(rig.io().pid), "no process took its place")
+    assert set(rig.load(range(10))) == {OK}
+
+
+@pytest.mark.parametrize("staging", ["never", "always"])
+def test_memory_of_the_process_is_told_and_within_its_bounds(make: Callable[..., ProcessRig], staging: str) -> None:
+    rig = make(staging=staging, queue_depth=2)
+    for _ in range(5):
+        rig.load(range(10))
+    rig.load(range(10))  # whatever it says comes with what it has done
+    bound = nvme_io_process.IO_PROCESS_BYTES + buffer_bytes_max(2, is_staged=staging == "always")
+    told = rig.tier.detail().drives[0].io_memory_bytes
+    assert nvme_io_process.own_bytes(rig.io().pid) < nvme_io_process.IO_PROCESS_BYTES
+    assert told > nvme_io_process.own_bytes(rig.io().pid), "without its buffers"
+    assert told <= bound
+
+
+def test_memory_of_a_process_that_is_gone_is_none() -> None:
+    assert nvme_io_process.own_bytes(2**31 - 1) == 0
 
 
 def test_bug_while_it_is_heard_costs_what_it_had_under_way(rig: ProcessRig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,6 +43,14 @@ def _hasher(number: int) -> PrefixHasher:
     return PrefixHasher(SPEC if number < OTHER_FIRST else OTHER_SPEC)
 
 
+def _words(path: Path) -> list[str]:
+    """Of a file that may be gone by now."""
+    try:
+        return path.read_text().split()
+    except OSError:
+        return []
+
+
 class NvmeDaemon(LiveDaemon):
     """Drives of `nvme_bytes` each, in the daemon's own folder unless `paths` says otherwise."""
 
@@ -68,8 +76,8 @@ class NvmeDaemon(LiveDaemon):
 
     @property
     def io_pids(self) -> list[int]:
-        """The drives' I/O processes."""
-        children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
+        """The drives' I/O processes; one that took a dead one's place is the child of another thread."""
+        children = [pid for task in Path(f"/proc/{self.pid}/task").glob("*/children") for pid in _words(task)]
         return [int(pid) for pid in children if b"nvme_io_child" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
     @property
