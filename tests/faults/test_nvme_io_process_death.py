@@ -1,4 +1,4 @@
-"""The process that moves a drive's blocks dies under a live daemon: nothing is lost or wrong, nobody hangs, all is told.
+"""The process that moves a drive's blocks dies under a live daemon: nothing is lost or wrong, nobody hangs.
 
 A drive whose process dies again and again is down, and memory serves on.
 """
@@ -60,7 +60,7 @@ def store_durably(engine: Engine) -> None:
 
 
 class Traffic:
-    """Reads what is durable and stores what is new, for as long as it is entered; notes how long the longest call took."""
+    """Reads what is durable and stores what is new while it is entered; notes how long the longest call took."""
 
     def __init__(self, daemon: NvmeDaemon, ledger: Ledger) -> None:
         self._daemon, self._ledger = daemon, ledger

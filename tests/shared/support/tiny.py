@@ -13,10 +13,15 @@ GREEDY = {"do_sample": False, "max_new_tokens": 20}
 
 
 def tiny_model(seed: int = 0, dtype: str = "float32", **changes: Any) -> Any:
-    """Four layers, 4 query and 2 KV heads of 32; `changes` are fields of the config."""
+    """Four layers, 4 query and 2 KV heads of 32; `changes` are fields of the config.
+
+    torch gets one thread: sharing so little work out costs more than it saves, and where another process wants a core
+    too, OpenMP's threads that wait for each other made tests take fifteen times as long.
+    """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    torch.set_num_threads(1)
     torch.manual_seed(seed)
     fields = {
         "vocab_size": VOCABULARY,
