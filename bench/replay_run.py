@@ -80,7 +80,7 @@ class Drive:
         terms = self.terms
         if terms is not None:
             terms = replace(terms, dollars_per_byte=terms.dollars_per_byte * self.block_bytes / BLOCK_BYTES)
-        per_day = int(self.budget_blocks_per_day * BLOCK_BYTES)
+        per_day = int(self.budget_blocks_per_day * (BLOCK_BYTES + PAGE_BYTES))
         return NvmeConfig(size, size, budget_bytes_per_day=per_day, budget_burst_s=self.budget_burst_s, terms=terms)
 
 

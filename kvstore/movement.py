@@ -561,19 +561,23 @@ class Movement:
 
     def _begin_write(self, batch: _Batch, row: int, groups: Collection[Group], wanted: int, now: float) -> bool:
         shard = batch.shard
-        size = shard.slots.block_bytes
-        if not self.budget.take(size, now):
+        if not self.budget.take(self._wear_bytes(shard), now):
             return False
         shard.group.hold((row,))
         room = self._nvme.ensure(shard, groups, now, wanted)
         if room:
             nvme_slot, _ = shard.group.reserve(shard, row, NVME, self._nvme.tier.barred)
             batch.add(row, shard.group.index.slot(row, HOST, shard.rank), nvme_slot)
-            self._writing_bytes += size
+            self._writing_bytes += shard.slots.block_bytes
         else:
-            self.budget.give_back(size)
+            self.budget.give_back(self._wear_bytes(shard))
         shard.group.let_go((row,))
         return room != Room.NONE
+
+    @staticmethod
+    def _wear_bytes(shard: Shard) -> int:
+        """What a block's write writes to the drive: its slot and the header page before it."""
+        return shard.spaces[NVME].slot_bytes + PAGE_BYTES
 
     def _start_write(self, batch: _Batch, now: float) -> None:
         if batch.rows:
@@ -669,7 +673,6 @@ class Movement:
 
     def _written(self, transfer: Transfer, verdicts: Sequence[int], checksums: Sequence[int], now: float) -> None:
         shard, group = transfer.shard, transfer.shard.group
-        size = shard.slots.block_bytes
         self._writing_bytes -= self._payload(transfer)
         good = []
         self._pause_drives(transfer, verdicts, now)
@@ -679,7 +682,7 @@ class Movement:
                 continue
             self._counters.demotions_failed_blocks += 1
             if verdict == Verdict.CANCELLED:
-                self.budget.give_back(size)
+                self.budget.give_back(self._wear_bytes(shard))
             group.abort(shard, transfer.rows[i], transfer.nvme_slots[i], tier=NVME)
             if verdict == Verdict.OK:
                 self._drop_spoilt(group, transfer.rows[i])
@@ -689,7 +692,7 @@ class Movement:
             self._watch(group).stored += 1
         self._last_failed = Verdict.OK not in verdicts
         self._counters.demoted_blocks += len(good)
-        self._counters.demoted_bytes += len(good) * size
+        self._counters.demoted_bytes += len(good) * shard.slots.block_bytes
 
     def _pause_drives(self, transfer: Transfer, verdicts: Sequence[int], now: float) -> None:
         """Those on which blocks of the transfer were to be written and none was."""

@@ -8,7 +8,7 @@ import pytest
 
 from forebay.kvstore.errors import Draining
 from forebay.kvstore.groups import HOST, NVME, Direction, DriveSlabAssigned, DriveSlabRetired, SlabOpened, Transfer
-from forebay.kvstore.movement import FLUSH_TRIES, LOOK_AGAIN_S, PAUSE_S, Verdict
+from forebay.kvstore.movement import FLUSH_TRIES, LOOK_AGAIN_S, PAGE_BYTES, PAUSE_S, Verdict
 from forebay.kvstore.outcome import Outcome, Scope
 from forebay.kvstore.slabs import QUARANTINED, RESIDENT
 from support.core import BLOCK_BYTES, TwoTiers, chain, outcomes, spec
@@ -450,8 +450,12 @@ def test_block_larger_than_the_window_is_written_alone() -> None:
     assert [len(t.rows) for t in world.step()] == [1]
 
 
+ON_DRIVE_BYTES = BLOCK_BYTES + PAGE_BYTES
+"""What writing a block writes: the budget is of wear, so the header page counts."""
+
+
 def test_small_budget_ends_the_writing() -> None:
-    world = TwoTiers(nvme={"budget_bytes_per_day": 24 * 2 * BLOCK_BYTES})
+    world = TwoTiers(nvme={"budget_bytes_per_day": 24 * 2 * ON_DRIVE_BYTES})
     world.write(chain("a", 4))
     world.persist(chain("a", 4))
     assert world.where(chain("a", 4)) == "bbhh"
@@ -464,7 +468,7 @@ def test_small_budget_ends_the_writing() -> None:
 
 
 def test_writes_that_were_not_tried_cost_no_budget() -> None:
-    world = TwoTiers(nvme={"budget_bytes_per_day": 24 * 4 * BLOCK_BYTES})
+    world = TwoTiers(nvme={"budget_bytes_per_day": 24 * 4 * ON_DRIVE_BYTES})
     world.write(chain("a", 4))
     for turn in range(3):
         world.at(turn * 2 * PAUSE_S)
