@@ -215,9 +215,17 @@ def test_shutdown_gives_up_what_is_queued(daemon: FakeDaemon) -> None:
     release = held_back(daemon)
     for number in range(1, 20):
         engine.tier.submit_store(engine.job(number, [key(100 + number)], [number % ROWS]))
-    threading.Timer(0.2, release.set).start()
+    lane = engine.tier._jobs._writing
+    releasing = threading.Thread(
+        target=lambda: (
+            eventually(lambda: lane._closed and not lane._tasks, "what is queued is given up"),
+            release.set(),
+        )
+    )
+    releasing.start()
     begun = time.monotonic()
     engine.tier.shutdown()
+    releasing.join(20)
     assert time.monotonic() - begun < 5
     outcomes = {result.job_id: result.success for result in engine.tier.get_finished_jobs()}
     assert set(outcomes) == set(range(1, 20)), "every job is told of"
