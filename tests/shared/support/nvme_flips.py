@@ -54,5 +54,5 @@ class FlipLoop:
                 assert daemon.process is not None
                 if daemon.process.poll() is not None:
                     result.problems.append(f"the daemon ended with {daemon.process.returncode}")
-            result.rebuilds = daemon.log().count("was made anew")
+            result.rebuilds = daemon.log().count("was not all restored from its indexes")
         return result
