@@ -130,11 +130,10 @@ class HazardPolicy:
             return
         hashes = list(hashes)
         path, matched = self._pieces.match(hashes)
-        repeated = matched == len(hashes) and self._is_repeated(path[-1][0], opens=opens)
-        if self._guard is not None and (opens or not repeated):
-            self._guard.request(hashes, len(rows), self._now)
-        if repeated:
+        if matched == len(hashes) and self._is_repeated(path[-1][0], opens=opens):
             return
+        if self._guard is not None:
+            self._guard.request(hashes, len(rows), self._now)
         fresh = self._pieces.fresh(hashes[matched:])
         last = path[-1][0] if path else None
         goes_on = last is not None and matched >= last.chain - 1
