@@ -43,6 +43,7 @@ _WHOLE_RECORDS = {
     _RECORD.size + hashes + 8: struct.Struct(f"<BBIQQ{hashes}xQ") for hashes in range(2 * HASH_BYTES_MAX + 1)
 }
 _META = struct.Struct("<HH4x16sQQ")
+_STATE = struct.Struct("<QQ")
 _U32_KEY = struct.Struct(">I")
 _U64 = struct.Struct("<Q")
 
@@ -52,6 +53,11 @@ RECORD_NAMES_AT = _RECORD.size
 """Where in a block's record its hash begins; its parent's follows."""
 SLAB_RECORD_BYTES = _OWNER.size + _U64.size
 META_KEY = b"format"
+STATE_KEY = b"state"
+LAST_FILE = "last"
+"""Beside the index: the number of its last transaction."""
+_LAST_NAME = LAST_FILE.encode()
+_U64_MASK = (1 << 64) - 1
 _EMPTY_PAGE = bytes(PAGE)
 
 
@@ -377,6 +383,46 @@ def check_meta(value: bytes | None, header: DriveHeader) -> None:
         raise Corrupt("the index does not say what it is of")
     if value != encode_meta(header):
         raise Corrupt("the index is damaged, of another drive, or of another version")
+
+
+def record_sum(value: bytes) -> int:
+    """What one record of a block or slab adds to the sum over an index: the checksum at its end."""
+    return int.from_bytes(value[-_U64.size :], "little")
+
+
+def encode_state(number: int, total: int) -> bytes:
+    """How many transactions the index has seen, and the sum of its records, modulo 2**64: under `STATE_KEY`."""
+    body = _STATE.pack(number, total & _U64_MASK)
+    return body + _U64.pack(xxh3_64_intdigest(STATE_KEY + body))
+
+
+def decode_state(value: bytes | None) -> tuple[int, int]:
+    """(number, sum). Raises Corrupt."""
+    if value is None or len(value) != _STATE.size + _U64.size or not _is_keyed_sound(STATE_KEY, value):
+        raise Corrupt("the index does not say how many transactions it has seen")
+    number, total = _STATE.unpack_from(value)
+    return int(number), int(total)
+
+
+def check_sum(total: int, expected: int) -> None:
+    """Raise Corrupt unless the records found are those that the index's state was written with."""
+    if total & _U64_MASK != expected:
+        raise Corrupt("records of the index are missing, or older than its last transaction")
+
+
+def encode_last(number: int) -> bytes:
+    """What `LAST_FILE` holds."""
+    body = _U64.pack(number)
+    return body + _U64.pack(xxh3_64_intdigest(_LAST_NAME + body))
+
+
+def check_last(content: bytes, number: int) -> None:
+    """Raise Corrupt unless an index that has seen `number` transactions is as new as the file beside it says."""
+    if len(content) != 2 * _U64.size or not _is_keyed_sound(_LAST_NAME, content):
+        raise Corrupt("the number of its last transaction is missing or damaged")
+    last = _U64.unpack_from(content)[0]
+    if number < last:
+        raise Corrupt(f"the index is of transaction {number}, the last was {last}")
 
 
 def _page(body: bytes) -> bytes:

@@ -2,7 +2,9 @@
 
 The index is a hint. Slot headers are the truth, every load checks them, and a lost index is made anew from them. What
 it buys is a restart in seconds. A batch is: fdatasync of the data file, one transaction, sync of the index; only then
-are its writes reported as done, so a block that was reported is found again after a power cut.
+are its writes reported as done, so a block that was reported is found again after a power cut. The transactions are
+numbered, and the number of the last one stands in a file of its own: LMDB keeps the tree before, whole, and one flipped
+bit in a meta page makes that the newest. That file is not synced: after a power cut it may be behind, never ahead.
 
 Never `sync=False`, which a power cut turns into silent damage, and never `writemap=True`, which a full disk turns into
 SIGBUS. LMDB is only ever opened here on a file that a child process has made and walked (nvme_walk.py), or a new one.
@@ -10,6 +12,7 @@ SIGBUS. LMDB is only ever opened here on a file that a child process has made an
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import shutil
@@ -17,20 +20,27 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import lmdb
 
 from forebay.tiers.nvme_drive import INDEX_NAME, Drive, sync_directory
 from forebay.tiers.nvme_format import (
+    LAST_FILE,
     META_KEY,
     PAGE,
     SLAB_KEY_BYTES,
+    STATE_KEY,
     DriveHeader,
+    decode_state,
+    encode_last,
     encode_meta,
     encode_record,
     encode_slab,
     encode_slab_record,
+    encode_state,
     file_bytes,
+    record_sum,
     slab_key,
     slot_key,
     slot_place,
@@ -59,6 +69,7 @@ class Index:
     def __init__(self, directory: Path, header: DriveHeader) -> None:
         """Open, or create empty. The map is as large as the index can ever grow, which costs addresses only."""
         directory.mkdir(mode=0o700, exist_ok=True)
+        self._directory = directory
         self._header = header
         self._env = lmdb.open(
             str(directory),
@@ -70,6 +81,9 @@ class Index:
             readahead=False,
         )
         self._meta, self._slabs, self._slots = (self._env.open_db(name) for name in (b"meta", b"slabs", b"slots"))
+        with self._env.begin() as txn:
+            state = txn.get(STATE_KEY, db=self._meta)
+        self._number, self._total = (0, 0) if state is None else decode_state(state)
 
     def apply(self, batch: Batch, *, whole: bool) -> None:
         """One transaction, on the medium when this returns.
@@ -77,26 +91,33 @@ class Index:
         `whole` says that the index now knows all that is on the drive.
         """
         with self._env.begin(write=True) as txn:
+            slabs, slots = _Summed(txn, self._slabs), _Summed(txn, self._slots)
             for slab, assigned in batch.slabs.items():
-                self._clear(txn, slab_key(slab))
+                key = slab_key(slab)
+                slots.clear(key)
                 if assigned is None:
-                    txn.delete(slab_key(slab), db=self._slabs)
+                    slabs.delete(key)
                 else:
-                    self._put_slab(txn, slab, assigned)
+                    slabs.put(key, encode_slab_record(key, *assigned))
             for prefix in sorted(batch.records):
                 for key, value in sorted(batch.records[prefix].items()):
                     if value is None:
-                        txn.delete(key, db=self._slots)
+                        slots.delete(key)
                     else:
-                        txn.put(key, value, db=self._slots)
+                        slots.put(key, value)
             for slab, assigned in batch.adopted_slabs.items():
-                self._put_slab(txn, slab, assigned)
+                key = slab_key(slab)
+                slabs.put(key, encode_slab_record(key, *assigned))
             for records in batch.adopted.values():
                 for key, value in records.items():
-                    txn.put(key, value, overwrite=False, db=self._slots)
+                    slots.add(key, value)
             if whole:
                 txn.put(META_KEY, encode_meta(self._header), db=self._meta)
+            number, total = self._number + 1, self._total + slabs.change + slots.change
+            txn.put(STATE_KEY, encode_state(number, total), db=self._meta)
+        self._number, self._total = number, total
         self._env.sync(True)
+        _note_last(self._directory, number)
 
     def records(self) -> int:
         with self._env.begin() as txn:
@@ -105,15 +126,55 @@ class Index:
     def close(self) -> None:
         self._env.close()
 
-    def _put_slab(self, txn: lmdb.Transaction, slab: int, assigned: Assigned) -> None:
-        key = slab_key(slab)
-        txn.put(key, encode_slab_record(key, *assigned), db=self._slabs)
 
-    def _clear(self, txn: lmdb.Transaction, prefix: bytes) -> None:
-        with txn.cursor(self._slots) as cursor:
+class _Summed:
+    """One database within one transaction, and by how much that changes the sum of its records."""
+
+    def __init__(self, txn: lmdb.Transaction, database: Any) -> None:
+        self._txn = txn
+        self._database = database
+        self.change = 0
+
+    def put(self, key: bytes, value: bytes) -> None:
+        if not self.add(key, value):
+            replaced = self._txn.replace(key, value, db=self._database)
+            assert replaced is not None
+            self.change += record_sum(value) - record_sum(replaced)
+
+    def add(self, key: bytes, value: bytes) -> bool:
+        """False, and nothing done, where there is a record already."""
+        added = bool(self._txn.put(key, value, overwrite=False, db=self._database))
+        if added:
+            self.change += record_sum(value)
+        return added
+
+    def delete(self, key: bytes) -> None:
+        gone = self._txn.pop(key, db=self._database)
+        if gone is not None:
+            self.change -= record_sum(gone)
+
+    def clear(self, prefix: bytes) -> None:
+        with self._txn.cursor(self._database) as cursor:
             found = cursor.set_range(prefix)
-            while found and bytes(cursor.key()).startswith(prefix):
+            while found and cursor.key().startswith(prefix):
+                self.change -= record_sum(cursor.value())
                 found = cursor.delete()
+
+
+def _note_last(directory: Path, number: int) -> None:
+    """Say in the file beside the index that this transaction has been made. Raises OSError."""
+    fd = os.open(directory / LAST_FILE, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        is_new = not os.fstat(fd).st_size
+        content = encode_last(number)
+        if os.pwrite(fd, content, 0) != len(content):
+            raise OSError(errno.EIO, f"{LAST_FILE} was written in part")
+        if is_new:
+            os.fsync(fd)
+    finally:
+        os.close(fd)
+    if is_new:
+        sync_directory(directory)
 
 
 def quarantine_index(directory: Path) -> None:

@@ -2,8 +2,10 @@
 
 LMDB has no checksums of pages: one flipped bit may lose records without a word, loop, or abort the process. So this
 child copies the index compactly, which leaves behind the free list and whatever else is not reached from the root,
-walks the copy, checks every record's own checksum, the order of the keys and their number, and only then says what
-is in it. The daemon opens the copy, and the original only where the disk has no room for one.
+walks the copy, checks every record's own checksum, the order of the keys, their number and their sum, and only then
+says what is in it. A flipped bit may also lead to the tree of an earlier transaction, which is whole in itself: hence
+the number of the last one in a file beside the index. The daemon opens the copy, and the original only where the disk
+has no room for one.
 
     python -m forebay.tiers.nvme_walk INDEX COPY DRIVE_ID SLAB_BYTES SLABS
 
@@ -26,12 +28,18 @@ import lmdb
 
 from forebay.kvstore.errors import Corrupt
 from forebay.tiers.nvme_format import (
+    LAST_FILE,
     META_KEY,
     RECORD_NAMES_AT,
+    STATE_KEY,
     DriveHeader,
+    check_last,
     check_meta,
+    check_sum,
     decode_slab_record,
+    decode_state,
     record_head,
+    record_sum,
     slots_per_slab,
 )
 
@@ -57,6 +65,10 @@ class Walked:
     buckets: dict[tuple[int, int, int], tuple[bytearray, bytearray]] = field(default_factory=dict)
     records: int = 0
     stale: int = 0
+    number: int = 0
+    """Of the transaction that left the index so."""
+    total: int = 0
+    """The sum of all records, stale ones too."""
 
 
 def walk_index(directory: Path, header: DriveHeader) -> Walked:
@@ -65,10 +77,11 @@ def walk_index(directory: Path, header: DriveHeader) -> Walked:
     try:
         meta, slabs, slots = (env.open_db(name, create=False) for name in (b"meta", b"slabs", b"slots"))
         with env.begin() as txn:
-            found = txn.get(META_KEY, db=meta)
-            check_meta(None if found is None else bytes(found), header)
+            check_meta(txn.get(META_KEY, db=meta), header)
             walked = Walked()
+            walked.number, expected = decode_state(txn.get(STATE_KEY, db=meta))
             _walk_slots(txn, slots, walked, _walk_slabs(txn, slabs, walked, header))
+            check_sum(walked.total, expected)
             return walked
     finally:
         env.close()
@@ -80,7 +93,7 @@ _Room = dict[bytes, tuple[int, int, int]]
 
 def _walk_slabs(txn: lmdb.Transaction, database: Any, walked: Walked, header: DriveHeader) -> _Room:
     room: _Room = {}
-    for key, value in _ordered(txn, database):
+    for key, value in _ordered(txn, database, walked):
         slab, owner, generation = decode_slab_record(key, value)
         if slab >= header.slabs:
             raise Corrupt(f"slab {slab} is beyond the drive's {header.slabs}")
@@ -98,7 +111,7 @@ def _walk_slots(txn: lmdb.Transaction, database: Any, walked: Walked, room: _Roo
     buckets = walked.buckets
     slab, since, end, hash_bytes = b"", 0, b"", 0
     last = b""  # hash of the block before, where that one is told among the first
-    for key, value in _ordered(txn, database):
+    for key, value in _ordered(txn, database, walked):
         head = record_head(key, value)
         if head is None:
             raise Corrupt("a block's record is damaged")
@@ -122,19 +135,21 @@ def _walk_slots(txn: lmdb.Transaction, database: Any, walked: Walked, room: _Roo
     walked.records = sum(len(keys) for keys, _ in buckets.values()) // KEY_BYTES
 
 
-def _ordered(txn: lmdb.Transaction, database: Any) -> Iterator[tuple[bytes, bytes]]:
-    """All records; Corrupt unless their keys ascend and they are as many as the tree's root says."""
-    last, count = b"", 0
+def _ordered(txn: lmdb.Transaction, database: Any, walked: Walked) -> Iterator[tuple[bytes, bytes]]:
+    """All records, which are summed; Corrupt unless their keys ascend and they are as many as the tree's root says."""
+    last, count, total = b"", 0, 0
     cursor: Any = txn.cursor(database)
     for key, value in cursor:
         if key <= last:
             raise Corrupt("keys out of order")
         last = key
         count += 1
+        total += record_sum(value)
         yield key, value
     expected = int(txn.stat(database)["entries"])
     if count != expected:
         raise Corrupt(f"{count} records reached of {expected}")
+    walked.total += total
 
 
 def frames(walked: Walked) -> Iterator[bytes]:
@@ -191,6 +206,14 @@ def copy_index(source: Path, target: Path) -> None:
         os.close(fd)
 
 
+def _read_last(index: Path) -> bytes:
+    """What the file beside the index says; read before the index, so that a commit meanwhile cannot pass for a loss."""
+    try:
+        return (index / LAST_FILE).read_bytes()
+    except FileNotFoundError:
+        return b""
+
+
 def has_room(index: Path) -> bool:
     """Whether a copy fits on the disk. On a full one the original has to do: better than to lose it."""
     found = os.statvfs(index)
@@ -203,11 +226,13 @@ def main(arguments: list[str], output: BinaryIO) -> int:
     source, copy, drive_id, slab_bytes, slabs = arguments
     header = DriveHeader(bytes.fromhex(drive_id), int(slab_bytes), int(slabs), 0)
     try:
+        last = _read_last(Path(source))
         if has_room(Path(source)):
             copy_index(Path(source), Path(copy))
             walked = walk_index(Path(copy), header)
         else:
             walked = walk_index(Path(source), header)
+        check_last(last, walked.number)
         output.writelines(frames(walked))
         output.flush()
     except (Corrupt, lmdb.Error, OSError) as error:

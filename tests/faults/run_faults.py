@@ -35,6 +35,8 @@ KEYS = (
     "kills",
     "durable_lost",
     "start_ms_p50",
+    "index_flips",
+    "index_flips_found",
 )
 Loop = Callable[[argparse.Namespace], tuple[dict[str, float], list[str]]]
 
@@ -90,13 +92,19 @@ def live_kills(arguments: argparse.Namespace) -> tuple[dict[str, float], list[st
 
 
 def index_flips(arguments: argparse.Namespace) -> tuple[dict[str, float], list[str]]:
-    """A live daemon started on indexes of which one bit is wrong."""
+    """A live daemon started on indexes of which one bit is wrong; those that were found out are made anew."""
     if not arguments.flips:
         return {}, []
     result = FlipLoop(arguments.first).run(arguments.flips)
     served, wrong, missing = (getattr(result.verdict, name) for name in _JUDGED)
-    print(f"{result.flips} flipped bits of an index, {result.rebuilds} made anew", file=sys.stderr)
-    figures: dict[str, float] = {"served_reads": served, "wrong_reads": wrong, "durable_lost": missing}
+    print(f"flipped bits of an index: {dict(result.flips)}, of it made anew: {dict(result.rebuilds)}", file=sys.stderr)
+    figures: dict[str, float] = {
+        "served_reads": served,
+        "wrong_reads": wrong,
+        "durable_lost": missing,
+        "index_flips": result.flips.total(),
+        "index_flips_found": result.rebuilds.total(),
+    }
     return figures, result.problems + [f"{wrong} wrong and {missing} lost over flips"] * bool(wrong or missing)
 
 

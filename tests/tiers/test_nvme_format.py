@@ -14,19 +14,24 @@ from forebay.tiers.nvme_format import (
     META_KEY,
     PAGE,
     SLABS_OFFSET,
+    STATE_KEY,
     DriveHeader,
     SlotRecord,
+    check_last,
     check_meta,
     check_slot,
     decode_drive,
     decode_slab,
     decode_slab_record,
+    decode_state,
     decode_written,
     encode_drive,
+    encode_last,
     encode_meta,
     encode_record,
     encode_slab,
     encode_slab_record,
+    encode_state,
     encode_written,
     file_bytes,
     is_free_slab,
@@ -72,6 +77,8 @@ ENCODED = {
     "slab": encode_slab(DRIVE.drive_id, 2, OWNER, GENERATION),
     "slot": bytes(slot_page()),
     "index_meta": META_KEY + encode_meta(DRIVE),
+    "index_state": STATE_KEY + encode_state(3 << 40 | 5, 0x1122334455667788),
+    "index_last": encode_last(3 << 40 | 5),
     "index_slab": slab_key(2) + encode_slab_record(slab_key(2), OWNER, GENERATION),
     "index_slot": slot_key(1, 2) + encode_record(slot_key(1, 2), HASH, PARENT, 9, GENERATION, 0x1122334455667788),
 }
@@ -231,6 +238,31 @@ def test_index_of_another_drive_or_size_is_refused() -> None:
     for other in (None, b"", encode_meta(DriveHeader(bytes(16), DRIVE.slab_bytes, DRIVE.slabs, 0))):
         with pytest.raises(Corrupt):
             check_meta(other, DRIVE)
+
+
+def test_no_damaged_state_of_an_index_is_believed() -> None:
+    value = encode_state(7, (1 << 64) + 5)
+    assert decode_state(value) == (7, 5)
+    for damaged in (None, b"", value[:-1], *_flipped(value)):
+        with pytest.raises(Corrupt):
+            decode_state(damaged)
+
+
+def test_index_may_be_ahead_of_its_last_reported_transaction_and_never_behind() -> None:
+    content = encode_last(7)
+    check_last(content, 7)
+    check_last(content, 8)
+    with pytest.raises(Corrupt, match="transaction 6, the last was 7"):
+        check_last(content, 6)
+    for damaged in (b"", content[:-1], *_flipped(content)):
+        with pytest.raises(Corrupt):
+            check_last(damaged, 1 << 63)
+
+
+def _flipped(value: bytes) -> list[bytes]:
+    """All that one flipped bit makes of it."""
+    whole = int.from_bytes(value, "little")
+    return [(whole ^ 1 << bit).to_bytes(len(value), "little") for bit in range(8 * len(value))]
 
 
 def test_namespace_id_names_user_fingerprint_and_rank() -> None:

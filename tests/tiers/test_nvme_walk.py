@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from tests.tiers.nvme_rig import OWNER, name
 
 from forebay.kvstore.errors import Corrupt
-from forebay.tiers.nvme_format import DriveHeader, encode_record, slot_key, slot_place
+from forebay.tiers.nvme_format import LAST_FILE, DriveHeader, encode_last, encode_record, slot_key, slot_place
 from forebay.tiers.nvme_index import Batch, Index
 from forebay.tiers.nvme_jobs import SlabOwner
 from forebay.tiers.nvme_walk import (
@@ -26,6 +27,8 @@ from forebay.tiers.nvme_walk import (
     main,
     walk_index,
 )
+from support.lmdb_pages import MAIN_ROOT_AT, PAGE, TXNID_AT, entries_of, newest_meta, sub_databases
+from support.nvme_file import write_at
 
 HEADER = DriveHeader(bytes(16), 64 << 20, 4, 1)
 
@@ -171,3 +174,79 @@ def test_child_loads_neither_sockets_nor_the_tier() -> None:
     )
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
+
+
+# --- flipped bits that LMDB does not notice ---
+
+
+@pytest.fixture(scope="module")
+def twice(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An index of two transactions after the one that made it; the last changes records and leaves their number."""
+    path = tmp_path_factory.mktemp("twice")
+    index = fill(path / "index", [0] * 9)
+    for generation in (2, 3):
+        batch = Batch()
+        for slot in range(5):
+            key = slot_key(0, slot)
+            batch.say(key, encode_record(key, name(slot), b"", 0, generation, 0))
+        index.apply(batch, whole=False)
+    index.close()
+    return path
+
+
+def changed(source: Path, target: Path, at: int, content: bytes) -> list[str]:
+    """The arguments for a copy of the index whose file has these bytes there."""
+    shutil.copytree(source / "index", target / "index")
+    write_at(target / "index" / "data.mdb", at, content)
+    return arguments(target)
+
+
+def refusal(args: list[str]) -> str:
+    """What the child says of an index that it refuses."""
+    output = io.BytesIO()
+    assert main(args, output) == 1
+    kind, _, _, _, length = FRAME.unpack_from(output.getvalue())
+    assert kind == PROBLEM
+    return output.getvalue()[FRAME.size :][:length].decode()
+
+
+@pytest.mark.parametrize("bit", range(3, 64))
+def test_earlier_tree_that_a_flipped_bit_makes_the_newest_is_refused(twice: Path, tmp_path: Path, bit: int) -> None:
+    """It is whole and consistent, and lacks the blocks of the last transaction, which were reported durable."""
+    data = (twice / "index" / "data.mdb").read_bytes()
+    at = (1 - newest_meta(data)) * PAGE + TXNID_AT
+    number = int.from_bytes(data[at : at + 8], "little") ^ 1 << bit
+    said = refusal(changed(twice, tmp_path, at, number.to_bytes(8, "little")))
+    assert said == "Corrupt: the index is of transaction 2, the last was 3"
+
+
+def test_earlier_tree_under_the_newest_number_is_refused(twice: Path, tmp_path: Path) -> None:
+    data = (twice / "index" / "data.mdb").read_bytes()
+    newest = newest_meta(data)
+    at, older = newest * PAGE + MAIN_ROOT_AT, (1 - newest) * PAGE + MAIN_ROOT_AT
+    assert "of transaction 2, the last was 3" in refusal(changed(twice, tmp_path, at, data[older : older + 8]))
+
+
+def test_earlier_records_of_the_same_number_are_refused(twice: Path, tmp_path: Path) -> None:
+    """Only the sum tells them apart: every record is sound, the keys are right, and as many as they should be."""
+    data = (twice / "index" / "data.mdb").read_bytes()
+    newest = newest_meta(data)
+    now, before = (sub_databases(data, meta)[b"slots"] for meta in (newest, 1 - newest))
+    older = data[before.start : before.start + before.length]
+    assert entries_of(data, now) == entries_of(data, before)
+    assert older != data[now.start : now.start + now.length]
+    said = refusal(changed(twice, tmp_path, now.start, older))
+    assert said == "Corrupt: records of the index are missing, or older than its last transaction"
+
+
+def test_index_without_the_number_of_its_last_transaction_is_refused(twice: Path, tmp_path: Path) -> None:
+    args = changed(twice, tmp_path, 0, b"")
+    (tmp_path / "index" / LAST_FILE).unlink()
+    assert "missing or damaged" in refusal(args)
+
+
+def test_index_that_is_ahead_of_its_number_is_sound(twice: Path, tmp_path: Path) -> None:
+    """Killed between the commit and the note of it."""
+    args = changed(twice, tmp_path, 0, b"")
+    (tmp_path / "index" / LAST_FILE).write_bytes(encode_last(2))
+    assert main(args, io.BytesIO()) == 0

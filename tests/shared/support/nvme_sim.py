@@ -23,7 +23,15 @@ from typing import Any
 
 from forebay.tiers.nvme import NvmeTier
 from forebay.tiers.nvme_drive import DATA_NAME, INDEX_NAME
-from forebay.tiers.nvme_format import PAGE, SLABS_OFFSET, file_bytes, slab_offset, slot_offset, slots_per_slab
+from forebay.tiers.nvme_format import (
+    LAST_FILE,
+    PAGE,
+    SLABS_OFFSET,
+    file_bytes,
+    slab_offset,
+    slot_offset,
+    slots_per_slab,
+)
 from forebay.tiers.nvme_index import INDEX_FILE
 from forebay.tiers.nvme_jobs import (
     IoStatus,
@@ -312,14 +320,15 @@ class NvmeSimulation:
             self._files = self._files.process_kill()
         else:
             self._poll()
-            indexes = [_steady_copy(path / INDEX_NAME / INDEX_FILE) for path in self._paths]
+            indexes = [path / INDEX_NAME / name for name in (LAST_FILE, INDEX_FILE) for path in self._paths]
+            contents = [_steady_copy(path) for path in indexes]
             self._files = self._files.process_kill() if end == "kill" else self._files.power_cut()
             self._tier.close(DEADLINE_S)
             if self._rng.random() < 0.5:
                 self._note("index: as at the kill")
-                for path, content in zip(self._paths, indexes, strict=True):
+                for path, content in zip(indexes, contents, strict=True):
                     if content:
-                        (path / INDEX_NAME / INDEX_FILE).write_bytes(content)
+                        path.write_bytes(content)
         self._abandon_jobs()
         return self._trouble_index()
 
