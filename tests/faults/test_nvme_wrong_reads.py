@@ -17,7 +17,7 @@ from support.nvme_file import FoundSlot, find_slots, flip_bit, read_at, swap, wr
 from support.nvme_flips import LEAST_SHARE, FlipLoop, served_in_all
 from support.nvme_live import BLOCK_BYTES, BLOCKS, SPEC, Engine, NvmeDaemon, chain
 
-FLIPS = 15
+FLIPS = 10
 
 
 @dataclass(frozen=True)

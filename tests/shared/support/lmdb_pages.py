@@ -5,11 +5,14 @@ Source: the structures MDB_meta, MDB_page, MDB_node and MDB_db of LMDB 0.9's mdb
 
 from __future__ import annotations
 
+import random
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 PAGE = 4096
+AIMS = ("tree", "meta", "tree", "tree", "meta", "tree", "tree", "meta", "tree", "anywhere")
+"""What flipped bits are aimed at, in turn."""
 _PAGE_HEAD = struct.Struct("<QHHHH")
 _NODE_HEAD = struct.Struct("<HHHH")
 _BRANCH, _LEAF = 1, 2
@@ -30,6 +33,13 @@ class Span:
     length: int
 
 
+def aimed_bit(data: bytes, aim: str, rng: random.Random) -> int:
+    """A bit of what LMDB reads of both meta pages, of the used parts of the tree, or of the whole file."""
+    spans = {"meta": meta_spans(data), "tree": tree_spans(data), "anywhere": [Span(0, len(data))]}[aim]
+    span = rng.choices(spans, [each.length for each in spans])[0]
+    return 8 * span.start + rng.randrange(8 * span.length)
+
+
 def newest_meta(data: bytes) -> int:
     """The number of the meta page, 0 or 1, that LMDB goes by."""
     return int(_u64(data, PAGE + TXNID_AT) > _u64(data, TXNID_AT))
@@ -40,11 +50,9 @@ def meta_spans(data: bytes) -> list[Span]:
     return [Span(page * PAGE + META_AT, META_BYTES) for page in (0, 1)]
 
 
-def tree_spans(data: bytes, meta: int | None = None) -> list[Span]:
-    """The used parts of all pages that are reached from one meta page, the newest unless it is given; most of the
-    rest of a page is free.
-    """
-    root = _u64(data, (newest_meta(data) if meta is None else meta) * PAGE + MAIN_ROOT_AT)
+def tree_spans(data: bytes) -> list[Span]:
+    """The used parts of all pages that are reached from the newest meta page."""
+    root = _u64(data, newest_meta(data) * PAGE + MAIN_ROOT_AT)
     return list(_spans(data, root))
 
 

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from support.ledger import Ledger, Verdict
-from support.lmdb_pages import Span, meta_spans, tree_spans
+from support.live import eventually
+from support.lmdb_pages import AIMS, aimed_bit
 from support.nvme_file import flip_bit
 from support.nvme_live import BLOCKS, Engine, NvmeDaemon, chain
 
@@ -24,8 +25,6 @@ TURNED = 5
 """Chains that are removed, and stored, in each life."""
 LEAST_SHARE = 0.4
 """Of the flips so many must have led to an index made anew, or the loop has tried next to nothing."""
-AIMS = ("tree", "meta", "tree", "tree", "meta", "tree", "tree", "meta", "tree", "anywhere")
-"""What the flips are aimed at, in turn."""
 
 
 @dataclass
@@ -72,11 +71,8 @@ class FlipLoop:
 
     def _flip(self, index: Path) -> str:
         """Invert one bit; returns what was aimed at."""
-        data = index.read_bytes()
         aim = AIMS[self.result.flips.total() % len(AIMS)]
-        spans = {"meta": meta_spans(data), "tree": tree_spans(data), "anywhere": [Span(0, len(data))]}[aim]
-        span = self._random.choices(spans, [each.length for each in spans])[0]
-        flip_bit(index, 8 * span.start + self._random.randrange(8 * span.length))
+        flip_bit(index, aimed_bit(index.read_bytes(), aim, self._random))
         self.result.flips[aim] += 1
         return aim
 
@@ -86,7 +82,7 @@ class FlipLoop:
         before = {path: _set_aside(path) for path in daemon.paths}
         said = len(daemon.log())
         daemon.start()
-        daemon.restored()
+        eventually(lambda: "nvme tier restored" in daemon.log()[said:], "the log says that all is back", within_s=60)
         anew = [path for path in daemon.paths if _set_aside(path) > before[path]]
         for path in anew:
             if path not in aims:
