@@ -45,8 +45,6 @@ from forebay.kvstore.planner import NO_BACKLOG, Backlog
 from forebay.transports.messages import (
     CheckReply,
     CheckRequest,
-    ClearReply,
-    ClearRequest,
     EvictScope,
     PingReply,
     PingRequest,
@@ -372,8 +370,7 @@ class AsyncClient:
 
     async def clear(self, *, dry_run: bool = False) -> RemovalResult:
         """Remove every block of every namespace; for operators. Strict: Forbidden for others."""
-        reply = await self._run(lambda _: core.call(ClearRequest(dry_run), ClearReply), None)
-        return RemovalResult(reply.removed, reply.kept) if reply is not None else RemovalResult()
+        return await self._run(lambda _: core.clear(dry_run), RemovalResult())
 
     def stats(self) -> ClientStats:
         """Totals of this client; asks nobody."""

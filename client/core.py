@@ -51,6 +51,8 @@ from forebay.transports.messages import (
     AbortRequest,
     AcquireReply,
     AcquireRequest,
+    ClearReply,
+    ClearRequest,
     CommitReply,
     CommitRequest,
     DoneReply,
@@ -418,8 +420,17 @@ def evict(
     for part in parts:
         request = EvictRequest(handle.ns, int(scope), b"".join(part), dry_run)
         reply = yield from call(request, EvictReply)
+        while reply.more:
+            reply = yield from call(EvictRequest(handle.ns, int(scope), b"", dry_run, reply.more), EvictReply)
         removed, kept = removed + reply.removed, kept + reply.kept
     return RemovalResult(removed, kept)
+
+
+def clear(dry_run: bool) -> Steps[RemovalResult]:
+    reply = yield from call(ClearRequest(dry_run), ClearReply)
+    while reply.more:
+        reply = yield from call(ClearRequest(dry_run, reply.more), ClearReply)
+    return RemovalResult(reply.removed, reply.kept)
 
 
 def persist(attachment: Attachment, ns: Namespace, hashes: Sequence[bytes], timeout_s: float) -> Steps[PersistResult]:

@@ -45,8 +45,6 @@ from forebay.kvstore.planner import NO_BACKLOG, Backlog
 from forebay.transports.messages import (
     CheckReply,
     CheckRequest,
-    ClearReply,
-    ClearRequest,
     EvictScope,
     PingRequest,
     Reply,
@@ -373,8 +371,7 @@ class Client:
 
     def clear(self, *, dry_run: bool = False) -> RemovalResult:
         """Remove every block of every namespace; for operators. Strict: Forbidden for others."""
-        reply = self._run(lambda _: core.call(ClearRequest(dry_run), ClearReply), None)
-        return RemovalResult(reply.removed, reply.kept) if reply is not None else RemovalResult()
+        return self._run(lambda _: core.clear(dry_run), RemovalResult())
 
     def stats(self) -> ClientStats:
         """Totals of this client; asks nobody."""

@@ -11,6 +11,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import wraps
 from typing import Any
 
@@ -149,7 +150,10 @@ def _evict(arguments: argparse.Namespace, link: ControlLink) -> int:
     found = link.find_namespace(arguments.namespace, arguments.rank)
     scope = EvictScope.NAMESPACE if arguments.all else EvictScope.PREFIX if arguments.prefix else EvictScope.BLOCKS
     request = EvictRequest(found.ns, int(scope), _blob(arguments.hashes, found), arguments.dry_run)
-    return _removed(arguments, link.call(request, EvictReply))
+    reply = link.call(request, EvictReply)
+    while reply.more:
+        reply = link.call(replace(request, blob=b"", resume=reply.more), EvictReply)
+    return _removed(arguments, reply)
 
 
 def _removed(arguments: argparse.Namespace, reply: EvictReply | ClearReply) -> int:
@@ -193,6 +197,8 @@ def clear(arguments: argparse.Namespace) -> int:
 @asking
 def _clear(arguments: argparse.Namespace, link: ControlLink) -> int:
     reply = link.call(ClearRequest(arguments.dry_run), ClearReply)
+    while reply.more:
+        reply = link.call(ClearRequest(arguments.dry_run, reply.more), ClearReply)
     _removed(arguments, reply)
     return Exit.OK
 

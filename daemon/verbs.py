@@ -15,7 +15,7 @@ from forebay.kvstore.errors import BadRequest
 from forebay.kvstore.groups import Shard
 from forebay.kvstore.outcome import Scope, StopReason
 from forebay.kvstore.planner import Backlog
-from forebay.kvstore.store import Acquired, Store
+from forebay.kvstore.store import Acquired, Removed, Store
 from forebay.transports import messages as m
 
 
@@ -146,9 +146,11 @@ class Verbs:
         return m.UnpinReply(self.store.unpin(session_id, request.ns, hashes))
 
     def _evict(self, session_id: int, request: m.EvictRequest, now: float) -> m.EvictReply:
+        if request.resume:
+            return m.EvictReply(*_removed(self.store.remove_more(session_id, request.resume)))
         hashes = self._hashes(session_id, request.ns, request.blob)
         done = self.store.evict(session_id, request.ns, Scope(request.scope), hashes, dry_run=request.dry_run)
-        return m.EvictReply(done.removed, done.kept)
+        return m.EvictReply(*_removed(done))
 
     def _touch(self, session_id: int, request: m.TouchRequest, now: float) -> m.TouchReply:
         hashes = self._hashes(session_id, request.ns, request.blob)
@@ -178,8 +180,9 @@ class Verbs:
         return m.CheckReply(tuple(problem[: m.TEXT_CHARS_MAX] for problem in problems))
 
     def _clear(self, session_id: int, request: m.ClearRequest, now: float) -> m.ClearReply:
-        done = self.store.clear(session_id, dry_run=request.dry_run)
-        return m.ClearReply(done.removed, done.kept)
+        if request.resume:
+            return m.ClearReply(*_removed(self.store.remove_more(session_id, request.resume)))
+        return m.ClearReply(*_removed(self.store.clear(session_id, dry_run=request.dry_run)))
 
     def _persist(self, session_id: int, request: m.PersistRequest, now: float) -> m.PersistReply:
         hashes = self._hashes(session_id, request.ns, request.blob)
@@ -228,6 +231,10 @@ def _geometry(shard: Shard) -> tuple[int, bytes, int, int, int, int, int]:
         spec.hash_bytes,
         spec.block_tokens,
     )
+
+
+def _removed(done: Removed) -> tuple[int, int, int]:
+    return done.removed, done.kept, done.more
 
 
 def _readable(acquired: Acquired) -> tuple[bytes, bytes, int, bytes]:

@@ -354,6 +354,13 @@ class BlockIndex:
             yield child
             child = self._next_sibling[child]
 
+    def child_after(self, row: int, child: int) -> int:
+        """The child of a row that comes after this one, the first after NO_ROW; NO_ROW where there is none.
+
+        A new child comes before all others.
+        """
+        return self._first_child[row] if child == NO_ROW else self._next_sibling[child]
+
     def own_tail(self, row: int, first: int) -> list[int]:
         """The rows that lead to this one and to no other, the deepest first, down from the block `first` of the prompt.
 
@@ -381,6 +388,22 @@ class BlockIndex:
                     known.add(row)
                     pending.extend(self.children(row))
         return known
+
+    def topmost(self, rows: set[int]) -> list[int]:
+        """Those of these rows that continue no other of them; linear in what leads to them."""
+        known: dict[int, bool] = {}
+        top = []
+        for row in rows:
+            way: list[int] = []
+            above = self.parents[row]
+            while above >= 0 and above not in rows and above not in known:
+                way.append(above)
+                above = self.parents[above]
+            continues = above in rows or known.get(above, False)
+            known.update(dict.fromkeys(way, continues))
+            if not continues:
+                top.append(row)
+        return top
 
     def rows(self) -> Iterator[int]:
         """All rows in use."""

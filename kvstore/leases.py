@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from forebay.kvstore.groups import Group, Shard
+    from forebay.kvstore.removal import Removal
 
 
 @dataclass(slots=True)
@@ -18,6 +19,8 @@ class Session:
     Sessions of one engine name the same `client_group` and may resolve each other's leases.
 
     Attributes:
+        removals: those that it asked for and that are not done, by number; those it gave up make way for others.
+        removals_begun: the number of the last one.
         gpu_pinned_bytes: what of its mappings its GPUs reach by themselves. gpu_pin_refused: why not of others; '' if
             none were refused. Both as the client told.
     """
@@ -29,6 +32,8 @@ class Session:
     namespaces: set[int] = field(default_factory=set)
     leases: set[int] = field(default_factory=set)
     reservations: set[int] = field(default_factory=set)
+    removals: dict[int, Removal] = field(default_factory=dict)
+    removals_begun: int = 0
     gpu_pinned_bytes: int = 0
     gpu_pin_refused: str = ""
 

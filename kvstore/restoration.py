@@ -185,9 +185,13 @@ class Restoration:
         self._look_below_loose(group)
         self.go_on(_AT_ONCE_ROWS)
 
+    def take_no_more(self, group: Group) -> None:
+        """What is still found of a namespace is not taken in; `abandon` is to follow."""
+        self._slabs = {physical: found for physical, found in self._slabs.items() if found[0].group is not group}
+
     def forget(self, group: Group) -> None:
         """The namespace is no more."""
-        self._slabs = {physical: found for physical, found in self._slabs.items() if found[0].group is not group}
+        self.take_no_more(group)
         self._below.pop(group, None)
         self._doomed.pop(group, None)
 

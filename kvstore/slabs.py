@@ -178,7 +178,8 @@ class ShardSlots:
 
     def quarantined(self) -> Iterator[int]:
         """Slots that are nobody's for now."""
-        return (slot_id for slab in self.slabs.values() for slot_id in self._in_state(slab, QUARANTINED))
+        some = (slab for slab in self.slabs.values() if slab.count(QUARANTINED))
+        return (slot_id for slab in some for slot_id in self._in_state(slab, QUARANTINED))
 
     def _in_state(self, slab: Slab, state: int) -> Iterator[int]:
         first = slab.serial * self.slots_per_slab
@@ -205,7 +206,8 @@ class ShardSlots:
             del self.slabs[slab.serial]
             self._counts[FREE] -= self.slots_per_slab
         dropped = {slab.serial for slab in slabs}
-        self._free = [deque(slot for slot in free if slot // self.slots_per_slab not in dropped) for free in self._free]
+        per_slab = self.slots_per_slab
+        self._free = [deque(slot for slot in free if slot // per_slab not in dropped) for free in self._free]
 
     def drop_all(self) -> list[Slab]:
         """Forget every slab, with whatever is in it; returns them."""

@@ -35,6 +35,7 @@ from forebay.kvstore.namespace import NamespaceSpec
 from forebay.kvstore.outcome import Outcome, Scope, StopReason
 from forebay.kvstore.physics import NOTHING_KNOWN, Physics, PhysicsConfig
 from forebay.kvstore.recording import Recorded, Recording
+from forebay.kvstore.removal import PART_COST, Removal, every_root, named, remove
 from forebay.kvstore.restoration import FoundBlock, Owner, Restoration
 from forebay.kvstore.slabs import FREE, QUARANTINED, RESERVED, RESIDENT, ShardSlots, Slab, SlabFormat, TierSpace
 from forebay.kvstore.stats import Counters, StoreStats, TierStats
@@ -43,6 +44,10 @@ TIER_NAMES = ("host", "nvme")
 PREFERRED_SHARE = 0.25
 """Of memory, so much may be blocks that were stored with a priority."""
 _REFUSALS_TOLD = 8
+_REMOVALS_MAX = 16
+"""Of one session, not done yet: as many threads of a client may remove blocks at a time."""
+_QUICK_BLOCKS = 100
+"""So many blocks of a namespace that nobody uses are removed in the time of looking at one of another."""
 _TIDIED_ROWS, _TIDIED_ROWS_IDLE = 100, 1000
 """Unreachable blocks of an earlier life that a plan, and a sweep, look at: a millisecond, and ten."""
 
@@ -95,8 +100,11 @@ class Reserved:
 
 @dataclass(frozen=True, slots=True)
 class Removed:
+    """What was removed and kept so far; `more` is the number of the removal while it is not done, then 0."""
+
     removed: int
     kept: int
+    more: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -457,21 +465,40 @@ class Store:
     def evict(
         self, session_id: int, ns: int, scope: Scope, hashes: Sequence[bytes], *, dry_run: bool = False
     ) -> Removed:
-        """Remove blocks on request; those leased, pinned or being written are kept, and so is what leads to them."""
-        group = self.shard(session_id, ns).group
+        """Remove blocks on request; those leased, pinned or being written are kept, and so is what leads to them.
+
+        Of many only a first part; `remove_more` does the next.
+        """
+        session, group = self._session(session_id), self.shard(session_id, ns).group
+        removal = Removal(dry_run)
+        if scope == Scope.NAMESPACE:
+            removal.work = self._clear_group(group, removal)
+            return self._go_on(session, removal, 0)
         found = {row for row in map(group.index.find, hashes) if row != NO_ROW}
-        if scope == Scope.BLOCKS:
-            return self._remove(group, found, dry_run, keep_ancestors=False)
-        if scope == Scope.PREFIX:
-            return self._remove(group, group.index.subtrees(found), dry_run, keep_ancestors=True)
-        return self._clear_group(group, dry_run)
+        below = scope == Scope.PREFIX
+        tops = named(group, group.index.topmost(found) if below else found)
+        removal.work = remove(group, tops, removal, below=below)
+        return self._go_on(session, removal, 0)
 
     def clear(self, session_id: int, *, dry_run: bool = False) -> Removed:
-        """Remove every block of every namespace. Raises Forbidden unless the session is an operator's."""
-        if not self._session(session_id).operator:
+        """Remove every block of every namespace, as `evict` does.
+
+        Raises Forbidden unless the session is an operator's.
+        """
+        session = self._session(session_id)
+        if not session.operator:
             raise Forbidden("only an operator may clear all namespaces")
-        done = [self._clear_group(group, dry_run) for group in self._groups.values()]
-        return Removed(sum(d.removed for d in done), sum(d.kept for d in done))
+        removal = Removal(dry_run)
+        removal.work = self._clear_all(removal)
+        return self._go_on(session, removal, 0)
+
+    def remove_more(self, session_id: int, number: int) -> Removed:
+        """The next part of a removal of which there was `more`. Raises NotLeased where the session has none such."""
+        session = self._session(session_id)
+        removal = session.removals.pop(number, None)
+        if removal is None:
+            raise NotLeased(f"removal {number} is not this session's, is done, or made way for later ones")
+        return self._go_on(session, removal, number)
 
     def touch(self, session_id: int, ns: int, hashes: Sequence[bytes], now: float) -> int:
         """Hint: these blocks are in use (an engine that hits its own HBM cache asks for nothing)."""
@@ -852,6 +879,7 @@ class Store:
         if self.movement is not None:
             self.movement.forget(group)
             self._restoration.forget(group)
+        group.begin_anew()
 
     def _parent_row(self, group: Group, parent: bytes) -> int:
         return group.index.find(parent) if parent else NO_ROW
@@ -947,40 +975,46 @@ class Store:
         reservation.session.reservations.discard(reservation.reservation_id)
         self._reservation_deadlines.remove(reservation.reservation_id)
 
-    def _clear_group(self, group: Group, dry_run: bool) -> Removed:
+    def _go_on(self, session: Session, removal: Removal, number: int) -> Removed:
+        """Do the next part of a removal that has this number, or none yet."""
+        before = removal.removed
+        more = removal.do_part()
+        self.counters.removed_blocks += 0 if removal.dry_run else removal.removed - before
+        if not more:
+            return Removed(removal.removed, removal.kept)
+        if not number:
+            session.removals_begun += 1
+            number = session.removals_begun
+        session.removals[number] = removal
+        if len(session.removals) > _REMOVALS_MAX:
+            del session.removals[next(iter(session.removals))]
+        return Removed(removal.removed, removal.kept, number)
+
+    def _clear_all(self, removal: Removal) -> Iterator[int]:
+        for key, group in list(self._groups.items()):
+            if self._groups.get(key) is group:  # it may have made way for another since the last part
+                yield from self._clear_group(group, removal)
+
+    def _clear_group(self, group: Group, removal: Removal) -> Iterator[int]:
+        """Remove all of a namespace, quickly where nobody uses it; yields what each step costs."""
         if group.is_idle():
             removed = group.index.resident_count()
-            if not dry_run:
+            removal.removed += removed
+            if not removal.dry_run:
                 self._give_up_blocks(group)
-                group.begin_anew()
-                self.counters.removed_blocks += removed
-            return Removed(removed, 0)
-        done = self._remove(group, set(group.index.rows()), dry_run, keep_ancestors=True)
-        if not dry_run:
-            if self.movement is not None:
-                self._restoration.abandon(group)
-                group.free_quarantined(NVME)
-            for allocator in self._allocators:
-                allocator.retire_empty(group)
-        return done
-
-    def _remove(self, group: Group, rows: set[int], dry_run: bool, *, keep_ancestors: bool) -> Removed:
-        """Remove children before parents; with `keep_ancestors` what leads to a kept block stays reachable."""
-        index = group.index
-        kept: set[int] = set()
-        removed = 0
-        for row in sorted(rows, key=lambda r: -index.depths[r]):
-            if not index.is_resident(row) and not index.holds[row]:
-                continue
-            leads_to_kept = keep_ancestors and any(child in kept for child in index.children(row))
-            if leads_to_kept or not group.removable(row):
-                kept.add(row)
-                continue
-            removed += 1
-            if not dry_run:
-                group.drop(row)
-        self.counters.removed_blocks += 0 if dry_run else removed
-        return Removed(removed, len(kept))
+            yield 1 + removed // _QUICK_BLOCKS
+            return
+        if self.movement is not None and not removal.dry_run:
+            self._restoration.take_no_more(group)
+        yield from remove(group, every_root(group), removal, below=True)
+        if removal.dry_run:
+            return
+        if self.movement is not None:
+            self._restoration.abandon(group)
+            group.free_quarantined(NVME)
+        for allocator in self._allocators:
+            yield PART_COST  # a walk over all free slots of the tier
+            allocator.retire_empty(group)
 
     def _count(self, outcomes: bytearray) -> None:
         counters = self.counters

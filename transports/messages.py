@@ -246,12 +246,16 @@ class _CountReply(Reply):
 
 @dataclass(frozen=True, slots=True)
 class _RemovalReply(Reply):
+    """So far; `more` is what the next request is to `resume`, 0 when all is done."""
+
     removed: int
     kept: int
+    more: int = 0
 
     def check(self) -> None:
         check_int("removed", self.removed, 0, U63_MAX)
         check_int("kept", self.kept, 0, U63_MAX)
+        check_int("more", self.more, 0, U63_MAX)
 
 
 def _check_slots(slots: object, generations: object) -> None:
@@ -551,19 +555,24 @@ class UnpinReply(_CountReply):
 
 @dataclass(frozen=True, slots=True)
 class EvictRequest(Request):
-    """Remove blocks on request; `scope` is an EvictScope, `dry_run` counts only."""
+    """Remove blocks on request; `scope` is an EvictScope, `dry_run` counts only.
+
+    `resume` is 0, or `more` of the last reply: go on with what that began, whatever the other fields say.
+    """
 
     verb = Verb.EVICT
     ns: int
     scope: int
     blob: bytes
     dry_run: bool
+    resume: int = 0
 
     def check(self) -> None:
         check_int("ns", self.ns, 1, U63_MAX)
         check_int("scope", int(self.scope) if type(self.scope) is EvictScope else self.scope, 0, 2)
         check_bytes("blob", self.blob, _BLOB_BYTES_MAX)
         check_bool("dry_run", self.dry_run)
+        check_int("resume", self.resume, 0, U63_MAX)
 
 
 @dataclass(frozen=True, slots=True)
@@ -653,11 +662,15 @@ class CheckReply(Reply):
 
 @dataclass(frozen=True, slots=True)
 class ClearRequest(Request):
+    """As `EvictRequest`, of every namespace."""
+
     verb = Verb.CLEAR
     dry_run: bool
+    resume: int = 0
 
     def check(self) -> None:
         check_bool("dry_run", self.dry_run)
+        check_int("resume", self.resume, 0, U63_MAX)
 
 
 @dataclass(frozen=True, slots=True)

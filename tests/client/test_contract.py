@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -21,7 +22,7 @@ from forebay.client import (
 )
 from forebay.client.copier import CopyPlan, NumpyCopier
 from forebay.client.options import Planning
-from forebay.client.results import LookupResult
+from forebay.client.results import LookupResult, RemovalResult
 from forebay.kvstore.errors import (
     BadRequest,
     Busy,
@@ -227,6 +228,33 @@ def test_hints_pins_and_removals_answer_counts(make_shell: MakeShell, daemon: An
     assert shell.evict(ns, hashes[:2]).removed == 2
     assert shell.lookup(ns, hashes).blocks == 0
     assert shell.clear(dry_run=True).removed == 0
+
+
+def test_a_large_removal_takes_several_answers_and_is_told_in_one(make_shell: MakeShell, live: LiveDaemon) -> None:
+    """Blocks of a namespace in use are removed a few hundred at a time; others are answered in between."""
+    shell = make_shell(live, strict=True)
+    shell.clear()
+    spec, blocks = dataclasses.replace(SPEC, segment_bytes=(64,)), 2000
+    ns, hashes = shell.open_namespace(spec), chain(blocks)
+
+    def answers() -> int:
+        return sum(each["requests"] for each in live.status()["verbs"] if each["verb"] in ("evict", "clear"))
+
+    for remove in (
+        lambda dry_run: shell.evict(ns, scope=EvictScope.NAMESPACE, dry_run=dry_run),
+        lambda dry_run: shell.evict(ns, hashes[:1], EvictScope.PREFIX, dry_run=dry_run),
+        lambda dry_run: shell.evict(ns, hashes, dry_run=dry_run),
+        lambda dry_run: shell.clear(dry_run=dry_run),
+    ):
+        shell.store(ns, hashes, np.zeros((blocks, 64), np.uint8))
+        assert shell.lookup(ns, hashes).blocks == blocks
+        assert shell.pin(ns, hashes[:1]) == 1
+        before = answers()
+        assert remove(True) == remove(False) == RemovalResult(blocks - 1, 1)
+        assert answers() >= before + 5
+        assert shell.lookup(ns, hashes).blocks == 1
+    shell.unpin(ns, hashes[:1])
+    assert shell.check() == []
 
 
 def test_tools_can_ask_the_daemon(make_shell: MakeShell, daemon: Any) -> None:

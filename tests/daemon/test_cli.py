@@ -52,7 +52,7 @@ class FakeLink:
 
     boot_id = b"\xab" * 16
 
-    def __init__(self, replies: dict[type[Request], Reply | ForebayError]) -> None:
+    def __init__(self, replies: dict[type[Request], Reply | ForebayError | list[Reply]]) -> None:
         self.replies = replies
         self.asked: list[Request] = []
 
@@ -71,6 +71,8 @@ class FakeLink:
         request.check()
         self.asked.append(request)
         reply = self.replies[type(request)]
+        if isinstance(reply, list):
+            reply = reply.pop(0)
         if isinstance(reply, ForebayError):
             raise reply
         assert isinstance(reply, reply_type)
@@ -87,7 +89,7 @@ Connect = Callable[..., FakeLink]
 
 @pytest.fixture
 def connect(monkeypatch: pytest.MonkeyPatch) -> Connect:
-    def made(**replies: Reply | ForebayError) -> FakeLink:
+    def made(**replies: Reply | ForebayError | list[Reply]) -> FakeLink:
         by_name: dict[str, type[Request]] = {
             "ping": PingRequest, "status": StatusRequest, "check": CheckRequest, "lookup": LookupRequest,
             "evict": EvictRequest, "pin": PinRequest, "unpin": UnpinRequest, "clear": ClearRequest,
@@ -159,6 +161,25 @@ def test_evict_of_a_whole_namespace_takes_no_hashes(connect: Connect, capsys: py
     assert capsys.readouterr().out == "removed 0 blocks; kept 2 that are leased, pinned or being written\n"
     assert run("evict", NS, "--all", ONE) == Exit.USAGE
     assert run("evict", NS) == Exit.USAGE
+
+
+@pytest.mark.parametrize(
+    ("words", "requests"),
+    [
+        (
+            ["evict", NS, "--prefix", ONE],
+            [EvictRequest(7, 1, bytes.fromhex(ONE), False), EvictRequest(7, 1, b"", False, 5)],
+        ),
+        (["clear", "--yes"], [ClearRequest(False), ClearRequest(False, 5)]),
+    ],
+)
+def test_long_removal_is_asked_for_until_it_is_done(
+    connect: Connect, capsys: pytest.CaptureFixture[str], words: list[str], requests: list[Request]
+) -> None:
+    link = connect(evict=[EvictReply(400, 0, 5), EvictReply(700, 2)], clear=[ClearReply(400, 0, 5), ClearReply(700, 2)])
+    assert run(*words) == Exit.OK
+    assert link.asked == requests
+    assert capsys.readouterr().out == "removed 700 blocks; kept 2 that are leased, pinned or being written\n"
 
 
 def test_pin_and_unpin_count(connect: Connect, capsys: pytest.CaptureFixture[str]) -> None:

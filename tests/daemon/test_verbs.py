@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from forebay.daemon.verbs import Verbs
-from forebay.kvstore.errors import BadRequest, ForebayError, LayoutError, UnknownNamespace
+from forebay.kvstore import removal
+from forebay.kvstore.errors import BadRequest, ForebayError, LayoutError, NotLeased, UnknownNamespace
 from forebay.kvstore.namespace import NamespaceSpec
 from forebay.kvstore.outcome import Outcome
 from forebay.kvstore.store import Store, StoreConfig
@@ -96,6 +100,30 @@ def test_every_verb_has_an_answer(verbs: Verbs) -> None:
     ask(verbs, m.AbortRequest(last.reservation))
     assert {request.verb for request in requests} | {m.Verb.ABORT} == set(m.Verb)
     assert verbs.store.physics.plans.late == 3
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+@pytest.mark.parametrize(
+    "begin", [lambda ns, dry: m.EvictRequest(ns, 1, BLOB[:32], dry), lambda ns, dry: m.ClearRequest(dry)]
+)
+def test_long_removal_is_answered_part_by_part(
+    verbs: Verbs, begin: Callable[[int, bool], Any], dry_run: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What others ask for in between is answered by what is left."""
+    monkeypatch.setattr(removal, "PART_COST", 12)
+    ns = stored(verbs)
+    ask(verbs, m.PinRequest(ns, BLOB[:32]))
+    request = begin(ns, dry_run)
+    reply: Any = ask(verbs, request)
+    assert reply.more
+    while reply.more:
+        found = ask(verbs, m.LookupRequest(ns, BLOB))
+        assert isinstance(found, m.LookupReply)
+        assert found.blocks == len(HASHES) - (0 if dry_run else reply.removed)
+        reply = ask(verbs, replace(request, resume=reply.more))
+    assert (reply.removed, reply.kept) == (len(HASHES) - 1, 1)
+    with pytest.raises(NotLeased):
+        ask(verbs, replace(request, resume=99))
 
 
 def test_what_is_leased_is_ready_and_nothing_is_durable(verbs: Verbs) -> None:

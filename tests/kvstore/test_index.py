@@ -370,6 +370,27 @@ def test_found_shards_of_several_ranks_make_a_block_complete_together() -> None:
     check(index)
 
 
+def test_children_are_walked_one_by_one_the_newest_first() -> None:
+    index = BlockIndex(1)
+    (top,) = add_chain(index, [b"top"])
+    children = [index.add(name, top) for name in (b"a", b"b", b"c")]
+    walked = [index.child_after(top, NO_ROW)]
+    while (child := index.child_after(top, walked[-1])) != NO_ROW:
+        walked.append(child)
+    assert walked == children[::-1]
+    assert index.child_after(children[0], NO_ROW) == NO_ROW
+
+
+def test_topmost_are_those_that_continue_no_other() -> None:
+    index = BlockIndex(1)
+    rows = add_chain(index, [b"a", b"b", b"c", b"d", b"e"])
+    side = index.add(b"side", rows[1])
+    assert index.topmost(set()) == []
+    assert set(index.topmost({rows[2], rows[4], side})) == {rows[2], side}
+    assert index.topmost({rows[1], rows[4], side}) == [rows[1]]
+    assert index.topmost(set(rows) | {side}) == [rows[0]]
+
+
 def test_block_in_both_tiers_counts_as_doubled_until_it_leaves_one() -> None:
     index = BlockIndex(1, tiers=2)
     (row,) = add_chain(index, [b"x"])

@@ -40,6 +40,8 @@ from forebay.transports.zmq_sockets import ControlServer
 T = TypeVar("T")
 SLOTS_PER_SLAB = 4
 POLL_MS = 5000
+REMOVED_AT_ONCE = 2
+"""Blocks of one EVICT; a client has to ask again for the others."""
 
 
 @dataclass
@@ -132,6 +134,7 @@ class FakeDaemon:
         self.backlogs: list[tuple[int, int]] = []
         """So many leading blocks are advised for loading at most."""
         self.sessions_seen = 0
+        self._removals: dict[int, tuple[list[bytes], int, int]] = {}
         self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
 
     # Life
@@ -491,13 +494,19 @@ class FakeDaemon:
 
     def _evict(self, token: bytes, request: m.EvictRequest) -> m.Reply:
         space, hashes = self._hashes(request)
-        named = set(space.blocks) if request.scope == m.EvictScope.NAMESPACE else set(hashes)
-        going = named.intersection(space.blocks) - space.pinned
-        kept = len(named.intersection(space.blocks)) - len(going)
-        if not request.dry_run:
-            for name in going:
+        if request.resume:
+            names, removed, kept = self._removals.pop(request.resume)
+        else:
+            wanted = list(space.blocks) if request.scope == m.EvictScope.NAMESPACE else hashes
+            names, removed, kept = [name for name in dict.fromkeys(wanted) if name in space.blocks], 0, 0
+        for name in names[:REMOVED_AT_ONCE]:
+            removed, kept = removed + (name not in space.pinned), kept + (name in space.pinned)
+            if name not in space.pinned and not request.dry_run:
                 space.bump(space.blocks.pop(name))
-        return m.EvictReply(len(going), kept)
+        more = self._new_id() if len(names) > REMOVED_AT_ONCE else 0
+        if more:
+            self._removals[more] = names[REMOVED_AT_ONCE:], removed, kept
+        return m.EvictReply(removed, kept, more)
 
     def _touch(self, token: bytes, request: m.TouchRequest) -> m.Reply:
         space, hashes = self._hashes(request)
