@@ -35,7 +35,7 @@ from forebay.kvstore.namespace import NamespaceSpec
 from forebay.kvstore.outcome import Outcome, Scope, StopReason
 from forebay.kvstore.physics import NOTHING_KNOWN, Physics, PhysicsConfig
 from forebay.kvstore.recording import Recorded, Recording
-from forebay.kvstore.removal import PART_COST, Removal, every_root, named, remove
+from forebay.kvstore.removal import Removal, every_root, named, remove
 from forebay.kvstore.restoration import FoundBlock, Owner, Restoration
 from forebay.kvstore.slabs import FREE, QUARANTINED, RESERVED, RESIDENT, ShardSlots, Slab, SlabFormat, TierSpace
 from forebay.kvstore.stats import Counters, StoreStats, TierStats
@@ -47,7 +47,7 @@ _REFUSALS_TOLD = 8
 _REMOVALS_MAX = 16
 """Of one session, not done yet: as many threads of a client may remove blocks at a time."""
 _QUICK_BLOCKS = 100
-"""So many blocks of a namespace that nobody uses are removed in the time of looking at one of another."""
+"""So many blocks that nobody uses, or free slots, are given up in the time of looking at one block in use."""
 _TIDIED_ROWS, _TIDIED_ROWS_IDLE = 100, 1000
 """Unreachable blocks of an earlier life that a plan, and a sweep, look at: a millisecond, and ten."""
 
@@ -1012,8 +1012,9 @@ class Store:
         if self.movement is not None:
             self._restoration.abandon(group)
             group.free_quarantined(NVME)
-        for allocator in self._allocators:
-            yield PART_COST  # a walk over all free slots of the tier
+        for level, allocator in enumerate(self._allocators):
+            free = sum(shard.spaces[level].count(FREE) for shard in group.shards.values())
+            yield free // _QUICK_BLOCKS
             allocator.retire_empty(group)
 
     def _count(self, outcomes: bytearray) -> None:
