@@ -473,7 +473,7 @@ class Committer:
 
     def _failed(self, error: Exception, batch: Batch) -> None:
         status = self._status_of(error)
-        self.reason = str(error)
+        self.reason = _reason(error, status)
         self._kept = batch.unsaid()
         self._lost_adopted |= bool(any(batch.adopted.values()) or batch.adopted_slabs or batch.whole)
         if batch.written_blocks:
@@ -489,3 +489,9 @@ class Committer:
             return status_of(error)
         full = isinstance(error, lmdb.MapFullError) or self._drive.free_bytes() < _FREE_BYTES_MIN
         return IoStatus.NO_SPACE if full else IoStatus.IO_ERROR
+
+
+def _reason(error: Exception, status: IoStatus) -> str:
+    """In words; a full disk is named as one, whatever LMDB calls it."""
+    text, full = str(error), os.strerror(errno.ENOSPC)
+    return f"{full}: {text}" if status is IoStatus.NO_SPACE and full not in text else text
