@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -56,15 +57,7 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
 
 def whole(**changed: object) -> bytes:
     """A sound file but for what is changed; None leaves a key out."""
-    found = {
-        "version": 1,
-        "read_bytes_per_s": 2_000_000_000,
-        "write_bytes_per_s": 1_000_000_000,
-        "block_bytes": 2 << 20,
-        "queue_depth": 8,
-        "measured_at": "2026-01-02T03:04:05Z",
-        **changed,
-    }
+    found = {"version": 1, **asdict(MEASURED), **changed}
     return json.dumps({key: value for key, value in found.items() if value is not None}).encode()
 
 
