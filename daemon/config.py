@@ -180,9 +180,9 @@ class NvmeConfig:
     )  # fmt: skip
     io_nice: int = setting(
         "integer", 19, "nice steps",
-        "How far each drive's I/O process stands back for others (nice(1), SCHED_BATCH) where cores are scarce, so "
-        "that answers from memory do not wait for drives; it changes nothing where a core is free. Where none ever is, "
-        "less makes drives faster and answers slower. 0: not at all.",
+        "How far hashing and copying in each drive's I/O process stand back for others (nice(1), SCHED_BATCH) where "
+        "cores are scarce, so that answers from memory do not wait for them; it changes nothing where a core is free. "
+        "Where none ever is, less makes drives faster and answers slower. 0: not at all.",
         low=0, high=19,
     )  # fmt: skip
     window_bytes: int = setting(

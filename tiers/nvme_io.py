@@ -1,20 +1,21 @@
 """The I/O of one drive: threads that read and write slots, straight from and into the host's memory.
 
 Threads and preadv rather than an asynchronous interface: it needs nothing of the kernel that a container may forbid,
-and from 256 KiB on it is as fast. Each direction has its own threads, half as many again as its queue depth, so that as
-many calls as that are at the drive while other threads are hashing; who has read a call hashes it, on the core that has
-it in its cache. Calls go straight from and into the host's slots, or through buffers (nvme_staging.py). Loads go first:
-while one waits, at most one write is under way, so that stores go on but never in a load's way. What a job has in
-adjacent slots is one call, header pages and payloads interleaved.
+and from 256 KiB on it is as fast. Each direction has as many threads as its queue is deep, which do nothing but wait
+for the drive. Hashing and copying is the work of others, one fewer than there are cores: they may stand back for
+everybody else, and the drive still has its next call at once. Threads that did both left it idle for a quarter of the
+time where cores are scarce, since a call that had ended waited for the hash of another. Calls go straight from and into
+the host's slots, or through buffers (nvme_staging.py). Loads go first: while one waits, at most one write is under way,
+so that stores go on but never in a load's way. What a job has in adjacent slots is one call, header pages and payloads
+interleaved.
 
 Who fetches needs the first blocks first, and a disk scheduler that sorts by place (mq-deadline) may pass one read over
 for as long as others come: the first of 80 calls in a row was seen to end last. So a read that many have overtaken
 holds back more of them for a moment.
 
-The interpreter lock is the scarce good here, so a thread's own work on a block is one unpacking, one comparison and two
-hashes, and hashing and I/O run without it. The daemon runs this in a process of its own (nvme_io_child.py), so that the
-owner thread has its lock for itself. Hashing and copying have all cores but one: on two cores that made reads faster,
-by a third of their CPU time, and lookups of what is in memory waited less beside them.
+The interpreter lock is the scarce good here, so the work on a block is one unpacking, one comparison and two hashes,
+and hashing and I/O run without it. The daemon runs this in a process of its own (nvme_io_child.py), so that the owner
+thread has its lock for itself.
 """
 
 from __future__ import annotations
@@ -27,7 +28,10 @@ import time
 from array import array
 from bisect import bisect_left
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import NamedTuple
 
 from xxhash import xxh3_64_intdigest
 
@@ -116,14 +120,14 @@ def plan_calls(part: Part, slab_bytes: int) -> list[Call]:
     return calls
 
 
-def threads_of(queue_depth: int) -> int:
-    """Of each direction of a drive."""
+def ways_of(queue_depth: int) -> int:
+    """Calls of one direction that have memory: those at the drive, and half as many that are worked on meanwhile."""
     return queue_depth + max(1, queue_depth // 2)
 
 
 def buffer_bytes_max(queue_depth: int, *, is_staged: bool) -> int:
-    """The most memory that the threads of one drive take beside the host's slots."""
-    return 2 * threads_of(queue_depth) * (CALL_BLOCKS_MAX * PAGE + is_staged * STAGED_BYTES_MAX)
+    """The most memory that the calls of one drive take beside the host's slots."""
+    return 2 * ways_of(queue_depth) * (CALL_BLOCKS_MAX * PAGE + is_staged * STAGED_BYTES_MAX)
 
 
 class WriteHealth:
@@ -161,7 +165,7 @@ class WriteHealth:
 
 
 class Meter:
-    """What one direction has done: I/O calls by duration, bytes, blocks. One a thread, so nobody waits to count."""
+    """What one direction has done: I/O calls by duration, bytes, blocks."""
 
     __slots__ = ("blocks", "bytes", "counts", "sum_s")
 
@@ -171,10 +175,11 @@ class Meter:
         self.bytes = 0
         self.blocks = 0
 
-    def add(self, seconds: float, size: int) -> None:
+    def add(self, seconds: float, size: int, blocks: int) -> None:
         self.counts[bisect_left(LATENCY_BOUNDS_S, seconds)] += 1
         self.sum_s += seconds
         self.bytes += size
+        self.blocks += blocks
 
     def latency(self) -> Latency:
         """The calls' histogram."""
@@ -254,6 +259,19 @@ class CallQueue:
             self.blocks += sign * len(run)
 
 
+class _Passing(NamedTuple):
+    """A call and its memory: what was read and is to be checked, or what is ready to be written."""
+
+    call: Call
+    way: Straight
+    passage: Passage
+    is_whole: bool = True
+    """All of it came."""
+
+
+_Step = Callable[[], None]
+
+
 class DriveIo:
     """The threads of one drive. `submit` and `cancel` are the owner's; they never wait for the disk."""
 
@@ -267,46 +285,64 @@ class DriveIo:
         loaded: Callable[[Part], None],
         written: Callable[[Part], None],
         is_staged: bool = False,
+        stand_back: Callable[[], None] = lambda: None,
     ) -> None:
         """`is_staged`: calls go through buffers (nvme_staging.py). `loaded` is called from a thread of ours when all
         blocks of a part have their status, `written` when all are in the file but perhaps not yet on the medium.
+        `stand_back` is called by each thread that hashes and copies, before it begins.
         """
         self._drive = drive
         self._health = health
         self._errors = errors
         self._loaded = loaded
         self._written = written
-        # The lock guards the queues, the counts of calls under way, and `calls_left` of parts.
+        self._stand_back = stand_back
+        # The lock guards all below, and `calls_left` of parts.
         self._lock = threading.Lock()
         self._load_ready = threading.Condition(self._lock)
+        self._work_ready = threading.Condition(self._lock)
         self._write_ready = threading.Condition(self._lock)
         self._idle = threading.Condition(self._lock)
         self._loads = CallQueue()
         self._writes = CallQueue()
+        self._to_check: deque[_Passing] = deque()
+        self._to_reread: deque[tuple[_Passing, list[int]]] = deque()
+        """Calls of which these blocks were not right."""
+        self._to_write: deque[_Passing] = deque()
         self._begun: dict[int, tuple[int, float]] = {}
         """Loads at the drive, oldest first, by their call's id: the how many-th, and since when."""
         self._taken = 0
         self._checking = 0
+        """Loads that have been at the drive and are not over."""
         self._storing = 0
+        """Writes at the drive, or being made ready for it."""
         self._closed = False
         self._queue_depth = queue_depth
-        self._may_put = threading.Semaphore(queue_depth)
-        self._may_work = threading.Semaphore(max(1, len(os.sched_getaffinity(0)) - 1))
-        """For hashing and copying: one core is left to those who ask for what is in memory."""
-        threads = threads_of(queue_depth)
-        self.load_meters = [Meter() for _ in range(threads)]
-        self.write_meters = [Meter() for _ in range(threads)]
+        self._load_meter, self._write_meter = Meter(), Meter()
         make_way = Staged if is_staged else Straight
-        self._ways = [make_way(CALL_BLOCKS_MAX) for _ in range(2 * threads)]
-        name, ways = drive.directory.name, iter(self._ways)
+        self._ways = [make_way(CALL_BLOCKS_MAX) for _ in range(2 * ways_of(queue_depth))]
+        self._load_ways, self._write_ways = self._ways[::2], self._ways[1::2]
+        """Those that no call has; the last one used, which a cache may still hold, goes first."""
+        threads = (
+            ("load", queue_depth, self._await_load),
+            ("store", queue_depth, self._await_write),
+            ("work", max(1, len(os.sched_getaffinity(0)) - 1), self._await_work),
+        )
         self._threads = [
-            threading.Thread(target=target, args=(next(ways), meter), name=f"{kind}-{name}-{index}", daemon=True)
-            for target, kind, meters in (
-                (self._load_forever, "load", self.load_meters),
-                (self._write_forever, "store", self.write_meters),
+            threading.Thread(
+                target=self._run, args=(kind, next_step), name=f"{kind}-{drive.directory.name}-{index}", daemon=True
             )
-            for index, meter in enumerate(meters)
+            for kind, count, next_step in threads
+            for index in range(count)
         ]
+
+    @property
+    def load_meters(self) -> Sequence[Meter]:
+        return (self._load_meter,)
+
+    @property
+    def write_meters(self) -> Sequence[Meter]:
+        return (self._write_meter,)
 
     def memory_bytes(self) -> int:
         """Memory taken beside the host's slots; at most `buffer_bytes_max`."""
@@ -320,19 +356,23 @@ class DriveIo:
         """Queue a part's calls."""
         calls = plan_calls(part, self._drive.slab_bytes)
         part.calls_left = len(calls)
-        writing = isinstance(part.work.job, WriteJob)
+        job_id = part.work.job.job_id
         with self._lock:
             part.sync_failures = self._health.sync_failures
-            self._health.calls_left += len(calls) if writing else 0
-            (self._writes if writing else self._loads).add(part.work.job.job_id, calls)
-            (self._write_ready if writing else self._load_ready).notify(len(calls))
+            if isinstance(part.work.job, WriteJob):
+                self._health.calls_left += len(calls)
+                self._writes.add(job_id, calls)
+                self._work_ready.notify(len(calls))
+            else:
+                self._loads.add(job_id, calls)
+                self._load_ready.notify(len(calls))
 
     def cancel(self, job_id: int) -> None:
         """End what the job has not begun as CANCELLED; what is under way goes on."""
         with self._lock:
             dropped = [call for queue in (self._loads, self._writes) for call in queue.take_job(job_id)]
             ended = [part for part, _, _ in dropped if self._drop(part)]
-            self._write_ready.notify(len(self._writes))
+            self._work_ready.notify(len(self._writes))
         self._end_dropped(dropped, ended)
 
     def queued_blocks(self) -> tuple[int, int]:
@@ -351,13 +391,20 @@ class DriveIo:
             self._closed = True
             dropped = [*self._loads.take_all(), *self._writes.take_all()]
             ended = [part for part, _, _ in dropped if self._drop(part)]
-            self._load_ready.notify_all()
-            self._write_ready.notify_all()
+            self._wake_all()
         self._end_dropped(dropped, ended)
         until_s = max(deadline_s, time.monotonic()) + _LAST_JOIN_S
         for thread in self._threads:
             thread.join(max(0.0, until_s - time.monotonic()))
         return not any(thread.is_alive() for thread in self._threads)
+
+    def _run(self, kind: str, next_step: Callable[[], _Step | None]) -> None:
+        """A thread's life. Nothing of its last step is held while it waits for the next."""
+        if kind == "work":
+            self._stand_back()
+        while (step := next_step()) is not None:
+            step()
+            del step
 
     def _drop(self, part: Part) -> bool:
         """One call less, made or not; whether it was the part's last."""
@@ -379,49 +426,54 @@ class DriveIo:
         else:
             self._loaded(part)
 
+    @contextmanager
+    def _survived(self, direction: str, call: Call) -> Iterator[None]:
+        """A bug in here costs the call's blocks, which are I/O errors by now, and neither thread nor queue."""
+        try:
+            yield
+        except Exception:
+            log.exception("bug while a %s was under way", direction)
+            self._errors.add(f"{direction}_bug", len(call[2]))
+
+    # --- hashing and copying ---
+
+    def _await_work(self) -> _Step | None:
+        """The next step of a thread that works, once there is one; None to end."""
+        with self._lock:
+            while True:
+                if self._to_check:
+                    return partial(self._judge, self._to_check.popleft())
+                if self._may_prepare():
+                    self._storing += 1
+                    return partial(self._prepare, self._writes.take(), self._write_ways.pop())
+                if self._closed and not self._begun:
+                    return None
+                self._work_ready.wait()
+
+    def _may_prepare(self) -> bool:
+        return bool(self._writes and self._write_ways and (not self._loads or not self._storing))
+
     # --- loads ---
 
-    def _load_forever(self, way: Straight, meter: Meter) -> None:
-        while (call := self._await_load()) is not None:
-            while call is not None:
-                try:
-                    self._load(call, way, meter)
-                except Exception:  # a bug must cost its blocks, I/O errors by now, and neither thread nor queue
-                    log.exception("bug while a load was under way")
-                    self._errors.add("load_bug", len(call[2]))
-                call = self._next_load(call[0])
-
-    def _await_load(self) -> Call | None:
-        """The next call, once there is one; None to end. Nothing of the last one is held meanwhile."""
+    def _await_load(self) -> _Step | None:
+        """The next step of a thread that reads, once there is one; None to end."""
         with self._lock:
-            while not self._may_load() and not self._closed:
+            while True:
+                if self._to_reread:
+                    return partial(self._reread, *self._to_reread.popleft())
+                if self._loads and self._load_ways and not self._is_overtaken():
+                    return partial(self._load, self._take_load(), self._load_ways.pop())
+                if self._closed:
+                    return None
                 self._load_ready.wait(OVERTAKEN_S if self._loads else None)
-            return self._take_load() if self._loads else None
-
-    def _next_load(self, done: Part) -> Call | None:
-        """Account for a call that is over and take the next, in one go, if there is one."""
-        call = None
-        with self._lock:
-            ended = self._drop(done)
-            self._checking -= 1
-            if self._may_load():
-                call = self._take_load()
-            else:
-                self._tell_idle()
-        if ended:
-            self._loaded(done)
-        return call
 
     def _take_load(self) -> Call:
         call = self._loads.take()
         self._taken += 1
         self._begun[id(call)] = self._taken, time.monotonic()
-        if not self._loads and self._writes:
-            self._write_ready.notify(len(self._writes))
+        if not self._loads:
+            self._work_ready.notify(len(self._writes))
         return call
-
-    def _may_load(self) -> bool:
-        return bool(self._loads) and len(self._begun) < self._queue_depth and not self._is_overtaken()
 
     def _is_overtaken(self) -> bool:
         """Whether the read that is longest at the drive has been overtaken by many, and not for too long."""
@@ -431,45 +483,80 @@ class DriveIo:
         overtaking = self._taken - number
         return overtaking >= _OVERTAKING * self._queue_depth and time.monotonic() < since_s + OVERTAKEN_S
 
-    def _let_next_load(self, call: Call) -> None:
-        """The drive has one call less to do, while its thread goes on to check what came."""
+    def _load(self, call: Call, way: Straight) -> None:
+        """Read one call's blocks and leave them to be checked."""
+        part, offset, run = call
+        read = None
+        with self._survived("load", call):
+            passage = way.open([part.work.job.views[part.blocks[at]] for at in run])
+            read = _Passing(call, way, passage, self._read(offset, passage, len(run)))
         with self._lock:
             del self._begun[id(call)]
             self._checking += 1
-            if self._loads:
-                self._load_ready.notify(self._queue_depth - len(self._begun))
+            if read is not None:
+                self._to_check.append(read)
+            self._work_ready.notify()
+            self._load_ready.notify(len(self._loads))
+            if self._closed:
+                self._wake_all()
+        if read is None:
+            self._end_load(call, way)
 
-    def _load(self, call: Call, way: Straight, meter: Meter) -> None:
-        """Read one call's blocks and give each its status; those that are not right are read once more, singly."""
-        part, offset, run = call
-        job, blocks, statuses = part.work.job, part.blocks, part.work.statuses
-        passage = way.open([job.views[blocks[at]] for at in run])
-        try:
-            whole = self._read(offset, passage, meter)
-        finally:
-            self._let_next_load(call)
-        with self._may_work:
-            again = [index for index, at in enumerate(run) if not whole or not self._check(part, at, passage, index)]
-        for index in again:
-            block = blocks[run[index]]
-            statuses[block] = IoStatus.IO_ERROR
-            there = offset + index * slot_stride(job.slot_bytes)
-            alone = way.open([job.views[block]])
-            if self._read(there, alone, meter) and self._check(part, run[index], alone, 0):
-                self._errors.add("load_reread")
-            else:
-                self._errors.add(f"load_{IoStatus(statuses[block]).name.lower()}")
-        meter.blocks += len(run)
-
-    def _read(self, offset: int, passage: Passage, meter: Meter) -> bool:
+    def _read(self, offset: int, passage: Passage, blocks: int) -> bool:
         """Read adjacent slots; whether all of them came."""
         began_s = time.perf_counter()
         try:
             got = self._drive.read(passage.buffers, offset)
         except OSError:
             got = 0
-        meter.add(time.perf_counter() - began_s, got)
+        took_s = time.perf_counter() - began_s
+        with self._lock:
+            self._load_meter.add(took_s, got, blocks)
         return got == sum(map(len, passage.buffers))
+
+    def _judge(self, read: _Passing) -> None:
+        """Give each block of a call its status."""
+        (part, _, run), way, passage, is_whole = read
+        wrong: list[int] = []
+        with self._survived("load", read.call):
+            wrong = [index for index, at in enumerate(run) if not is_whole or not self._check(part, at, passage, index)]
+        if wrong:
+            with self._lock:
+                if not self._closed:  # a drive may take its time over a bad block, and others are to be checked
+                    self._to_reread.append((read, wrong))
+                    self._load_ready.notify()
+                    return
+            self._reread(read, wrong)
+        else:
+            self._end_load(read.call, way)
+
+    def _reread(self, read: _Passing, wrong: list[int]) -> None:
+        """Read the blocks that were not right once more, singly."""
+        call, way, _, _ = read
+        part, offset, run = call
+        job, statuses = part.work.job, part.work.statuses
+        with self._survived("load", call):
+            for index in wrong:
+                block = part.blocks[run[index]]
+                statuses[block] = IoStatus.IO_ERROR
+                there = offset + index * slot_stride(job.slot_bytes)
+                alone = way.open([job.views[block]])
+                if self._read(there, alone, 0) and self._check(part, run[index], alone, 0):
+                    self._errors.add("load_reread")
+                else:
+                    self._errors.add(f"load_{IoStatus(statuses[block]).name.lower()}")
+        self._end_load(call, way)
+
+    def _end_load(self, call: Call, way: Straight) -> None:
+        part = call[0]
+        with self._lock:
+            self._load_ways.append(way)
+            self._checking -= 1
+            ended = self._drop(part)
+            self._load_ready.notify()
+            self._tell_idle()
+        if ended:
+            self._loaded(part)
 
     def _check(self, part: Part, at: int, passage: Passage, index: int) -> bool:
         """Judge one block that was read, note it, and have it in its slot if it is right."""
@@ -492,70 +579,37 @@ class DriveIo:
 
     # --- writes ---
 
-    def _write_forever(self, way: Straight, meter: Meter) -> None:
-        while (call := self._await_write()) is not None:
-            while call is not None:
-                try:
-                    self._write(call, way, meter)
-                except Exception:  # a bug must cost its blocks, I/O errors by now, and neither thread nor queue
-                    log.exception("bug while a write was under way")
-                    self._errors.add("write_bug", len(call[2]))
-                call = self._next_write(call[0])
-
-    def _await_write(self) -> Call | None:
-        """The next call, once there is one; None to end. Nothing of the last one is held meanwhile."""
+    def _await_write(self) -> _Step | None:
+        """The next step of a thread that writes, once there is one; None to end."""
         with self._lock:
-            while not self._may_write() and not self._closed:
+            while not self._to_write:
+                if self._closed and not self._storing:
+                    return None
                 self._write_ready.wait()
-            return self._take_write() if self._writes else None
+            return partial(self._write, self._to_write.popleft())
 
-    def _next_write(self, done: Part) -> Call | None:
-        """Account for a call that is over and take the next, in one go, if there is one."""
-        call = None
-        with self._lock:
-            ended = self._drop(done)
-            self._storing -= 1
-            if self._may_write():
-                call = self._take_write()
-            else:
-                self._tell_idle()
-        if ended:
-            self._written(done)
-        return call
-
-    def _take_write(self) -> Call:
-        self._storing += 1
-        return self._writes.take()
-
-    def _may_write(self) -> bool:
-        return bool(self._writes) and (not self._loads or not self._storing)
-
-    def _write(self, call: Call, way: Straight, meter: Meter) -> None:
-        """Make the headers and write one call's blocks; all or none of them count as written."""
-        part, offset, run = call
-        blocks, statuses = part.blocks, part.work.statuses
-        passage = way.open([part.work.job.views[blocks[at]] for at in run])
-        with self._may_work:
+    def _prepare(self, call: Call, way: Straight) -> None:
+        """Make one call's headers, and have its blocks where they are written from."""
+        part, _, run = call
+        ready = None
+        with self._survived("write", call):
+            passage = way.open([part.work.job.views[part.blocks[at]] for at in run])
             for index, at in enumerate(run):
                 self._make_ready(part, at, passage, index)
-        with self._may_put:
-            began_s = time.perf_counter()
-            status, reason, size = self._put(passage.buffers, offset)
-            took_s = time.perf_counter() - began_s
-        meter.add(took_s, size)
-        meter.blocks += len(run)
-        for at in run:
-            statuses[blocks[at]] = status
-        if status is not IoStatus.OK:
-            self._health.failed(reason)
-            self._errors.add(f"write_{status.name.lower()}", len(run))
+            ready = _Passing(call, way, passage)
+        if ready is None:
+            self._end_write(call, way)
+            return
+        with self._lock:
+            self._to_write.append(ready)
+            self._write_ready.notify()
 
     def _make_ready(self, part: Part, at: int, passage: Passage, index: int) -> None:
         """One block's payload and header."""
         work, block, page, slot = part.work, part.blocks[at], passage.pages[index], passage.slots[index]
         job = work.job
         assert isinstance(job, WriteJob)
-        move(slot, job.views[block])
+        move(slot, job.views[block], soon_read=True)
         checksum = work.checksums[block] = xxh3_64_intdigest(slot[: job.payload_bytes])
         blank(page)
         pack_slot(
@@ -567,6 +621,36 @@ class DriveIo:
             job.payload_bytes,
             checksum,
         )
+
+    def _write(self, ready: _Passing) -> None:
+        """Write one call's blocks; all or none of them count as written."""
+        call, way, passage, _ = ready
+        part, offset, run = call
+        with self._survived("write", call):
+            began_s = time.perf_counter()
+            status, reason, size = self._put(passage.buffers, offset)
+            took_s = time.perf_counter() - began_s
+            with self._lock:
+                self._write_meter.add(took_s, size, len(run))
+            for at in run:
+                part.work.statuses[part.blocks[at]] = status
+            if status is not IoStatus.OK:
+                self._health.failed(reason)
+                self._errors.add(f"write_{status.name.lower()}", len(run))
+        self._end_write(call, way)
+
+    def _end_write(self, call: Call, way: Straight) -> None:
+        part = call[0]
+        with self._lock:
+            self._write_ways.append(way)
+            self._storing -= 1
+            ended = self._drop(part)
+            self._work_ready.notify(len(self._writes))
+            self._tell_idle()
+            if self._closed:
+                self._wake_all()
+        if ended:
+            self._written(part)
 
     def _put(self, buffers: Sequence[memoryview], offset: int) -> tuple[IoStatus, str, int]:
         """Write it all, trying once more after a short write: that tells a full disk from an accident."""
@@ -581,6 +665,12 @@ class DriveIo:
         if self._drive.free_bytes() < wanted:
             return IoStatus.NO_SPACE, "short writes on a full disk", 0
         return IoStatus.IO_ERROR, "short writes", 0
+
+    def _wake_all(self) -> None:
+        """For whoever is to end."""
+        self._load_ready.notify_all()
+        self._work_ready.notify_all()
+        self._write_ready.notify_all()
 
     def _tell_idle(self) -> None:
         if self._closed or not self._is_busy():

@@ -20,12 +20,13 @@ import struct
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from forebay.tiers.files import OsFiles
 from forebay.tiers.nvme_drive import SlotFile
-from forebay.tiers.nvme_io import DriveIo, Errors, Part, WriteHealth, added
+from forebay.tiers.nvme_io import DriveIo, Errors, Part, WriteHealth
 from forebay.tiers.nvme_io_wire import (
     Frames,
     Kind,
@@ -88,6 +89,7 @@ class IoChild:
             loaded=self._ended,
             written=self._ended,
             is_staged=told.staged,
+            stand_back=partial(stand_back, told.nice),
         )
 
     def run(self) -> None:
@@ -162,8 +164,8 @@ class IoChild:
         return State(
             queued_blocks=self._io.queued_blocks(),
             under_way=self._io.under_way(),
-            loads=added(self._io.load_meters),
-            writes=added(self._io.write_meters),
+            loads=self._io.load_meters[0],
+            writes=self._io.write_meters[0],
             errors=self._errors.taken(),
             failures=reasons,
             buffer_bytes=self._io.memory_bytes(),
@@ -178,7 +180,7 @@ def end_with_parent(parent: int) -> None:
 
 
 def stand_back(nice: int) -> None:
-    """Let whoever wakes up take this process's core at once. For this thread, and so for all it starts.
+    """Let whoever wakes up take this thread's core at once: lookups, and the threads that keep the drive busy.
 
     A batch task with a long slice is preempted by any other (sched_setattr(2); the slice counts since Linux 6.12), and
     what it is owed over time stays what its niceness says. SCHED_IDLE was rejected: where no core is ever free it would
@@ -205,7 +207,6 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--staged", action="store_true")
     told = parser.parse_args(arguments)
     end_with_parent(told.parent)
-    stand_back(told.nice)
     for ignored in (
         signal.SIGINT,
         signal.SIGTERM,

@@ -30,6 +30,7 @@ from forebay.tiers.nvme_drive import Drive
 from forebay.tiers.nvme_io import Errors, Meter, Part, WriteHealth, added
 from forebay.tiers.nvme_io_wire import Frames, Kind, State, frame, pack_part, send_memory, settle
 from forebay.tiers.nvme_jobs import IoStatus, WriteJob
+from forebay.tiers.nvme_staging import STREAMING
 
 log = logging.getLogger(__name__)
 
@@ -265,6 +266,7 @@ class IoProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 pass_fds=(theirs.fileno(), their_channel.fileno(), *{data_fd, lock_fd}),
+                env=_environment(),
             )
         except OSError:
             ours.close()
@@ -419,6 +421,12 @@ def own_bytes(pid: int) -> int:
     except OSError:
         return 0
     return next((int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon:")), 0)
+
+
+def _environment() -> dict[str, str]:
+    """The daemon's, and that large copies pass the caches by, unless whoever started it has said otherwise."""
+    told = os.environ.get("GLIBC_TUNABLES", "")
+    return {**os.environ, "GLIBC_TUNABLES": f"{STREAMING}:{told}" if told else STREAMING}
 
 
 def _how_ended(code: int) -> str:

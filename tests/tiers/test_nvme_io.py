@@ -521,9 +521,9 @@ def test_bytes_blocks_and_latency_are_counted(rig: Rig) -> None:
 
 def test_latency_falls_into_the_first_bound_that_holds_it() -> None:
     meters = [Meter(), Meter()]
-    meters[0].add(0.0001, 1)
-    meters[1].add(0.0002, 1)
-    meters[1].add(9.0, 1)
+    meters[0].add(0.0001, 1, 1)
+    meters[1].add(0.0002, 1, 1)
+    meters[1].add(9.0, 1, 1)
     found = added(meters).latency()
     assert found.counts == (1, 1, *(0,) * (len(LATENCY_BOUNDS_S) - 2), 1)
     assert found.sum_s == pytest.approx(9.0003)

@@ -24,6 +24,7 @@ from forebay.tiers.nvme_format import PAGE, slot_offset
 from forebay.tiers.nvme_io import buffer_bytes_max
 from forebay.tiers.nvme_io_process import IoProcess
 from forebay.tiers.nvme_jobs import IoStatus, LoadJob, WriteJob
+from forebay.tiers.nvme_staging import STREAMING
 from forebay.transports.shm import create_memfd, map_shared
 from support.live import eventually
 
@@ -449,11 +450,34 @@ def test_process_ends_with_the_daemon_however_that_ends(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("nice", "policy"), [(0, os.SCHED_OTHER), (12, os.SCHED_BATCH)])
-def test_it_stands_back_as_far_as_it_was_told(make: Callable[..., ProcessRig], nice: int, policy: int) -> None:
+def test_what_hashes_and_copies_stands_back_and_what_waits_for_the_drive_does_not(
+    make: Callable[..., ProcessRig], nice: int, policy: int
+) -> None:
     rig = make(io_nice=nice)
-    for thread in map(int, os.listdir(f"/proc/{rig.io().pid}/task")):
-        assert os.getpriority(os.PRIO_PROCESS, thread) == nice
-        assert os.sched_getscheduler(thread) == policy
+    pid = rig.io().pid
+
+    def as_told() -> bool:
+        threads = [int(thread) for thread in os.listdir(f"/proc/{pid}/task")]
+        told = [
+            thread
+            for thread in threads
+            if (os.getpriority(os.PRIO_PROCESS, thread), os.sched_getscheduler(thread)) == (nice, policy)
+        ]
+        return len(told) == (len(threads) if not nice else max(1, len(os.sched_getaffinity(0)) - 1))
+
+    eventually(as_told, "not the threads that work, and they alone, stand back")
+
+
+@pytest.mark.parametrize("told", ["", "glibc.malloc.arena_max=1"])
+def test_its_large_copies_pass_the_caches_by(
+    make: Callable[..., ProcessRig], monkeypatch: pytest.MonkeyPatch, told: str
+) -> None:
+    """What whoever started the daemon has told glibc comes last, and so wins."""
+    monkeypatch.setenv("GLIBC_TUNABLES", told)
+    pid = make().io().pid
+    environment = Path(f"/proc/{pid}/environ").read_text().replace("\0", ":")  # as glibc cuts its own up
+    expected = ":".join(filter(None, (STREAMING, told)))
+    assert f":GLIBC_TUNABLES={expected}:" in environment
 
 
 def test_system_that_refuses_a_priority_costs_nothing_more(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
+import os
 
 import pytest
 
@@ -49,6 +51,23 @@ def test_staged_call_leaves_the_slots_alone_until_they_are_moved() -> None:
     assert bytes(slots[1]) == b"\x02" * (128 << 10)
     move(slots[1], passage.slots[1])
     assert (bytes(slots[0]), bytes(slots[1])) == (b"\x01" * (128 << 10), b"x" * (128 << 10))
+
+
+@pytest.mark.parametrize("soon_read", [False, True])
+@pytest.mark.parametrize("size", [64 << 10, (64 << 10) + 1, (1 << 20) + PAGE, (3 << 20) - 1])
+def test_move_is_of_all_bytes_whether_they_pass_the_cache_by_or_not(size: int, soon_read: bool) -> None:
+    source = memoryview(bytearray(os.urandom(size)))
+    around = memoryview(bytearray(b"\x55" * (size + 2)))
+    move(around[1:-1], source, soon_read=soon_read)
+    assert around[1:-1] == source
+    assert (around[0], around[-1]) == (0x55, 0x55)
+
+
+def test_large_buffer_begins_with_a_huge_page() -> None:
+    """Whether the system has one or not: a call is cut up at as few places as can be."""
+    (buffer,) = Staged(1).open(slots_of(1, 2 << 20)).buffers
+    assert ctypes.addressof(ctypes.c_char.from_buffer(buffer)) % (2 << 20) == 0
+    assert len(buffer) == (2 << 20) + PAGE
 
 
 def test_buffer_is_used_again_and_grows() -> None:
