@@ -41,7 +41,7 @@ PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11,\
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format types layers docs docs-check unit bench faults engines gpu e2e coverage build setup clean
+.PHONY: help demo test lint format types layers docs docs-check unit bench faults engines engines-setup gpu e2e coverage build setup clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -81,6 +81,9 @@ engines: ## vLLM itself with forebay, on the CPU, in an environment of its own (
 	@$(MAKE) --no-print-directory $(VLLM_STAMPS)/vllm || { echo "skipped: vLLM could not be installed here"; exit 0; }; \
 	test -e $(VLLM_STAMPS)/vllm || exit 0; \
 	PYTHONPATH=tests/engines $(VLLM_BIN)/pytest -o filterwarnings=default -p no:cacheprovider tests/engines $(PYTEST_ARGS)
+
+engines-setup: ## vLLM's environment alone
+	@$(MAKE) --no-print-directory $(VLLM_STAMPS)/vllm
 
 gpu: ## tests and figures that need a GPU, with a Python that has cupy, torch and pytest (PY=python3); installs nothing
 	PYTHONPATH=src$${PYTHONPATH:+:$$PYTHONPATH} $(PY) -P -m pytest tests/gpu -rs $(PYTEST_ARGS)

@@ -60,7 +60,11 @@ class Worker:
         return {"bytes": self._until_told(self._cold.warm_next)}
 
     def keep(self) -> dict[str, Any]:
-        """Store new blocks as fast as the drive takes them, until there is another line to read."""
+        """Store new blocks as fast as the drive takes them, until there is another line to read.
+
+        What it copies is no work of the drive's: it takes a core while nobody else wants one.
+        """
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
         return {"bytes": self._until_told(self._store_durably)}
 
     def _store_durably(self) -> int:

@@ -4,10 +4,12 @@ Threads and preadv rather than an asynchronous interface: it needs nothing of th
 and from 256 KiB on it is as fast. Each direction has as many threads as its queue is deep, which do nothing but wait
 for the drive. Hashing and copying is the work of others, one fewer than there are cores: they may stand back for
 everybody else, and the drive still has its next call at once. Threads that did both left it idle for a quarter of the
-time where cores are scarce, since a call that had ended waited for the hash of another. Calls go straight from and into
-the host's slots, or through buffers (nvme_staging.py). Loads go first: while one waits, at most one write is under way,
-so that stores go on but never in a load's way. What a job has in adjacent slots is one call, header pages and payloads
-interleaved.
+time where cores are scarce, since a call that had ended waited for the hash of another. Where those who hash get no
+core at all, the drive's threads take over: else whoever keeps every core busy would bring the tier to a stop.
+
+Calls go straight from and into the host's slots, or through buffers (nvme_staging.py). Loads go first: while one waits,
+at most one write is under way, so that stores go on but never in a load's way. What a job has in adjacent slots is one
+call, header pages and payloads interleaved.
 
 Who fetches needs the first blocks first, and a disk scheduler that sorts by place (mq-deadline) may pass one read over
 for as long as others come: the first of 80 calls in a row was seen to end last. So a read that many have overtaken
@@ -49,6 +51,8 @@ CALL_BLOCKS_MAX = 120
 
 OVERTAKEN_S = 0.05
 """How long a read that many others have overtaken holds back those after it."""
+LATE_S = 0.25
+"""What has waited so long to be hashed is taken over; a tenth of it cost the writes of a busy machine 5 %."""
 _OVERTAKING = 2
 """How many may overtake it, in queue depths."""
 _FAILURES_MAX = 3
@@ -314,6 +318,8 @@ class DriveIo:
         self._taken = 0
         self._checking = 0
         """Loads that have been at the drive and are not over."""
+        self._worked_s = 0.0
+        """When one of those who hash last looked for work, or work came when there was none."""
         self._storing = 0
         """Writes at the drive, or being made ready for it."""
         self._closed = False
@@ -361,8 +367,10 @@ class DriveIo:
             part.sync_failures = self._health.sync_failures
             if isinstance(part.work.job, WriteJob):
                 self._health.calls_left += len(calls)
+                self._worked_s = self._worked_s if self._writes else time.monotonic()
                 self._writes.add(job_id, calls)
                 self._work_ready.notify(len(calls))
+                self._write_ready.notify()
             else:
                 self._loads.add(job_id, calls)
                 self._load_ready.notify(len(calls))
@@ -441,14 +449,18 @@ class DriveIo:
         """The next step of a thread that works, once there is one; None to end."""
         with self._lock:
             while True:
+                self._worked_s = time.monotonic()
                 if self._to_check:
                     return partial(self._judge, self._to_check.popleft())
                 if self._may_prepare():
-                    self._storing += 1
-                    return partial(self._prepare, self._writes.take(), self._write_ways.pop())
+                    return self._take_write()
                 if self._closed and not self._begun:
                     return None
                 self._work_ready.wait()
+
+    def _is_late(self) -> bool:
+        """Those who hash have not come for what waits for them."""
+        return time.monotonic() >= self._worked_s + LATE_S
 
     def _may_prepare(self) -> bool:
         return bool(self._writes and self._write_ways and (not self._loads or not self._storing))
@@ -463,9 +475,11 @@ class DriveIo:
                     return partial(self._reread, *self._to_reread.popleft())
                 if self._loads and self._load_ways and not self._is_overtaken():
                     return partial(self._load, self._take_load(), self._load_ways.pop())
+                if self._to_check and self._is_late():
+                    return partial(self._judge, self._to_check.popleft())
                 if self._closed:
                     return None
-                self._load_ready.wait(OVERTAKEN_S if self._loads else None)
+                self._load_ready.wait(OVERTAKEN_S if self._loads else LATE_S if self._to_check else None)
 
     def _take_load(self) -> Call:
         call = self._loads.take()
@@ -494,6 +508,7 @@ class DriveIo:
             del self._begun[id(call)]
             self._checking += 1
             if read is not None:
+                self._worked_s = self._worked_s if self._to_check else time.monotonic()
                 self._to_check.append(read)
             self._work_ready.notify()
             self._load_ready.notify(len(self._loads))
@@ -583,10 +598,16 @@ class DriveIo:
         """The next step of a thread that writes, once there is one; None to end."""
         with self._lock:
             while not self._to_write:
+                if self._may_prepare() and self._is_late():
+                    return self._take_write()
                 if self._closed and not self._storing:
                     return None
-                self._write_ready.wait()
+                self._write_ready.wait(LATE_S if self._writes else None)
             return partial(self._write, self._to_write.popleft())
+
+    def _take_write(self) -> _Step:
+        self._storing += 1
+        return partial(self._prepare, self._writes.take(), self._write_ways.pop())
 
     def _prepare(self, call: Call, way: Straight) -> None:
         """Make one call's headers, and have its blocks where they are written from."""

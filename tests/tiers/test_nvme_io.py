@@ -266,6 +266,7 @@ def test_read_that_hangs_keeps_no_other_back_for_long(reads: tuple[Rig, list[Loa
 
 def test_hashing_leaves_a_core_to_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2})
+    monkeypatch.setattr(nvme_io, "LATE_S", WAIT_S)
     rig = filled(tmp_path / "drive", 20)
     inside, most, check = 0, 0, nvme_io.check_slot
     counting, two_at_once = threading.Lock(), threading.Event()
@@ -289,6 +290,26 @@ def test_hashing_leaves_a_core_to_others(tmp_path: Path, monkeypatch: pytest.Mon
         rig.tier.load(job)
     assert [rig.wait(job) for job in jobs] == [[OK]] * 20
     assert most == 2
+    rig.close()
+
+
+def test_drive_goes_on_where_nobody_else_hashes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where others keep every core busy: what stands back for them is never its turn."""
+    turn = threading.Event()
+    begin = nvme_io.DriveIo.__init__
+
+    def without_workers(self: nvme_io.DriveIo, *arguments: Any, **options: Any) -> None:
+        begin(self, *arguments, **options, stand_back=lambda: turn.wait(WAIT_S))
+
+    monkeypatch.setattr(nvme_io.DriveIo, "__init__", without_workers)
+    rig = filled(tmp_path / "drive", 20)
+    jobs = [rig.load_job([number]) for number in range(20)]
+    for job in jobs:
+        rig.tier.load(job)
+    assert [rig.wait(job) for job in jobs] == [[OK]] * 20
+    assert rig.write([20, 22]) == [OK, OK]
+    assert rig.load([20, 22]) == [OK, OK]
+    turn.set()
     rig.close()
 
 
