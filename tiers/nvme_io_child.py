@@ -168,7 +168,6 @@ class IoChild:
             writes=self._io.write_meters[0],
             errors=self._errors.taken(),
             failures=reasons,
-            buffer_bytes=self._io.memory_bytes(),
         )
 
 

@@ -125,7 +125,7 @@ class IoProcess:
     def memory_bytes(self) -> int:
         """What the process takes for itself, the host's slabs not counted; 0 while there is none."""
         pid = self.pid
-        return own_bytes(pid) + self._state.buffer_bytes if pid else 0
+        return own_bytes(pid) if pid else 0
 
     def start(self) -> None:
         """Start the process; by the thread that lives as long as the daemon, for the process ends with it."""

@@ -46,12 +46,10 @@ class State:
     writes: Meter = field(default_factory=Meter)
     errors: dict[str, int] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
-    buffer_bytes: int = 0
-    """Memory of its threads' buffers."""
 
     def packed(self) -> list[Any]:
         meters = [[meter.counts, meter.sum_s, meter.bytes, meter.blocks] for meter in (self.loads, self.writes)]
-        return [self.queued_blocks, self.under_way, *meters, self.errors, self.failures, self.buffer_bytes]
+        return [self.queued_blocks, self.under_way, *meters, self.errors, self.failures]
 
     @classmethod
     def unpacked(cls, items: Sequence[Any]) -> State:

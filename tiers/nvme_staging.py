@@ -29,6 +29,8 @@ _HUGE_PAGE = 2 << 20
 _HELD_BYTES_MAX = 64 << 10
 """Copied with the interpreter lock held: handing it over takes longer."""
 _NO_HEADER = bytes(PAGE)
+_OWN = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+"""What Python maps by default is shared: no huge pages, and not counted as the process's own."""
 
 _memmove = ctypes.CDLL(None).memmove
 _memmove.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
@@ -48,7 +50,7 @@ class Straight:
 
     def __init__(self, blocks_max: int) -> None:
         """`blocks_max`: the most a call has."""
-        whole = memoryview(mmap.mmap(-1, blocks_max * PAGE))
+        whole = memoryview(mmap.mmap(-1, blocks_max * PAGE, flags=_OWN))
         self._pages = [whole[at : at + PAGE] for at in range(0, len(whole), PAGE)]
 
     @property
@@ -110,7 +112,7 @@ def blank(page: memoryview) -> None:
 
 def _in_one_piece(size: int) -> memoryview:
     """Memory that a call need not be cut up for: on huge pages as far as it fills them, if the system has some."""
-    space = mmap.mmap(-1, size + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    space = mmap.mmap(-1, size + _HUGE_PAGE, flags=_OWN)
     start = -_address(memoryview(space)) % _HUGE_PAGE
     if size >= _HUGE_PAGE:
         with contextlib.suppress(OSError):
