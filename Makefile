@@ -44,7 +44,7 @@ PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11,\
 .PHONY: help demo test lint format types layers docs docs-check unit bench faults engines engines-setup gpu e2e coverage build setup clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 demo: $(STAMPS)/demo ## a real model, two engine processes, one cache: same answers, less time
 	@$(BIN)/python bench/demo.py $(DEMO_ARGS)

@@ -32,8 +32,8 @@ COLD_CHAINS = 32
 STORED_BYTES = 16 * MIB
 CALLS = 1000
 PACE_S = 0.005
-"""Between two calls: some 200 a second, more than the engines of a node ask. Every millisecond one would take a core of
-two for caller and daemon alone, and no core would ever be halted: a quiet p99 that no daemon in service has."""
+"""Between two calls: fewer than 200 a second. With one every millisecond caller and daemon alone take a core of two,
+and no core is ever halted: both p99s are then of a machine that is busy with lookups."""
 _PERCENTS = (50, 90, 95, 99, 99.9, 100)
 
 Call = Callable[[], None]

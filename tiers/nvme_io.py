@@ -511,7 +511,7 @@ class DriveIo:
                 self._worked_s = self._worked_s if self._to_check else time.monotonic()
                 self._to_check.append(read)
             self._work_ready.notify()
-            self._load_ready.notify(len(self._loads))
+            self._load_ready.notify(min(len(self._loads), len(self._load_ways)))
             if self._closed:
                 self._wake_all()
         if read is None:

@@ -182,9 +182,8 @@ def stand_back(nice: int) -> None:
     """Let whoever wakes up take this thread's core at once: lookups, and the threads that keep the drive busy.
 
     A batch task with a long slice is preempted by any other (sched_setattr(2); the slice counts since Linux 6.12), and
-    what it is owed over time stays what its niceness says. SCHED_IDLE was rejected: beside a client that stores without
-    a pause a third less was written. What the system refuses, such as to a daemon that is nicer already, is left as it
-    was.
+    what it is owed over time stays what its niceness says. SCHED_IDLE was rejected: where no core is ever free it would
+    hardly get one. What the system refuses, such as to a daemon that is nicer already, is left as it was.
     """
     if not nice:
         return

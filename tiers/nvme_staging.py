@@ -1,4 +1,4 @@
-"""Where a thread's calls read to and write from: the host's memory itself, or a buffer of the thread's beside it.
+"""Where calls read to and write from: the host's memory itself, or a buffer beside it.
 
 What reaches memory by itself, as a drive's DMA does, is best led straight into the slots. The bytes of a virtual disk
 are copied by the CPU of the machine that makes it, and it does that much faster where few megabytes are used again and
@@ -20,7 +20,7 @@ from typing import NamedTuple
 from forebay.tiers.nvme_format import PAGE
 
 STAGED_BYTES_MAX = 9 << 20
-"""Larger calls, each of one block, go straight: up to 8 MiB it was measured to gain, and each thread has a buffer."""
+"""Larger calls, each of one block, go straight: up to 8 MiB it was measured to gain, and each way has a buffer."""
 STREAMED_BYTES_MIN = 1 << 20
 STREAMING = f"glibc.cpu.x86_non_temporal_threshold={STREAMED_BYTES_MIN}"
 """For GLIBC_TUNABLES: copies of that size and more pass the caches by. Other libraries and machines ignore it."""
@@ -46,7 +46,7 @@ class Passage(NamedTuple):
 
 
 class Straight:
-    """From and into the host's slots, interleaved with header pages of the thread's own, page-aligned."""
+    """From and into the host's slots, interleaved with header pages of its own, page-aligned."""
 
     def __init__(self, blocks_max: int) -> None:
         """`blocks_max`: the most a call has."""
