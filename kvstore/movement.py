@@ -43,6 +43,10 @@ FLUSH_TRIES = 8
 PAUSE_S = 0.5
 """A drive's, after a transfer of whose blocks on it none was written."""
 
+LAST_BYTES = 2 * MIB
+"""Of a lease's last transfer: nobody copies while it is checked, so it is small, and those before it not twice as large
+as what comes after."""
+
 WINDOW_SHARE = 4
 """What is being written cannot leave host memory meanwhile, so it is at most this part of a small tier."""
 
@@ -106,6 +110,7 @@ class _Watch:
         cursor: the row with which the sweep goes on, and `to_sweep` what it found before that and has still to write.
         stored: how often blocks became dirty; `swept` is how often they had when the last full sweep began, `sweeping`
             when this one did.
+        asked: rows that clients want written and the window had no room for, oldest first, with their blocks' names.
     """
 
     evicted: int = 0
@@ -121,6 +126,7 @@ class _Watch:
     stored: int = 1
     swept: int = 0
     sweeping: int = 0
+    asked: dict[int, bytes | None] = field(default_factory=dict)
 
     def notice(self, group: Group, now: float) -> None:
         """Take in how many blocks have left since the last plan."""
@@ -168,6 +174,7 @@ class Movement:
         self._watches: dict[Group, _Watch] = {}
         self._stirred: OrderedDict[Group, None] = OrderedDict()
         self._stirred_now: dict[Group, None] = {}
+        self._asked: dict[Group, None] = {}
         self._swept: Group | None = None
         self._writing_bytes = 0
         self._pauses: dict[int, float] = {}
@@ -213,7 +220,7 @@ class Movement:
                 if lease.total < len(rows) or lease.lease_id not in self._leases:
                     break
             part = rows[first : first + stride]
-            covered += self.promote(group, part, lease, groups, now)
+            covered += self.promote(group, part, lease, groups, now, len(rows) - first - len(part))
             if covered < first + len(part):
                 left = rows[covered:]
                 self._counters.promotions_full_blocks += len(left) - group.index.count_by_tier(left)[HOST]
@@ -221,12 +228,18 @@ class Movement:
         return covered
 
     def promote(
-        self, group: Group, rows: Sequence[int], lease: Lease | None, groups: Collection[Group], now: float
+        self,
+        group: Group,
+        rows: Sequence[int],
+        lease: Lease | None,
+        groups: Collection[Group],
+        now: float,
+        to_come: int = 0,
     ) -> int:
         """Bring these complete blocks, which the caller holds, to host memory; returns how many leading ones will be.
 
-        Fewer than all when host memory has no room. With a lease it is told of the progress; without one this is a
-        prefetch, and bounded.
+        Fewer than all when host memory has no room. With a lease it is told of the progress, and `to_come` is how many
+        of its blocks come after these; without one this is a prefetch, and bounded.
         """
         index = group.index
         left = len(rows) - index.count_by_tier(rows)[HOST]
@@ -238,7 +251,7 @@ class Movement:
             if index.is_whole_in(row, HOST):
                 continue
             for batch in batches:
-                if not self._bring(batch, row, lease, groups, left, now):
+                if not self._bring(batch, row, lease, groups, left, to_come, now):
                     break
             else:
                 left -= 1
@@ -250,8 +263,16 @@ class Movement:
         return covered
 
     def _bring(
-        self, batch: _Batch, row: int, lease: Lease | None, groups: Collection[Group], left: int, now: float
+        self,
+        batch: _Batch,
+        row: int,
+        lease: Lease | None,
+        groups: Collection[Group],
+        left: int,
+        to_come: int,
+        now: float,
     ) -> bool:
+        """`left`: how many are still to be brought now, this one among them."""
         shard = batch.shard
         group, index = shard.group, shard.group.index
         if index.slot(row, HOST, shard.rank) != NO_SLOT:
@@ -259,14 +280,17 @@ class Movement:
         if index.reserved_slot(row, HOST, shard.rank) != NO_SLOT:
             return self._is_being_brought(batch, row, lease)
         size = shard.slots.block_bytes
+        full = self.config.chunk_bytes
         if lease is None:
             left = min(left, self._prefetch_room() // size)
+        else:
+            full = min(full, max(LAST_BYTES, (left - 1 + to_come) * size))
         if left < 1 or not self._host.ensure(shard, groups, now, left):
             return False
         host_slot, _ = group.reserve(shard, row, HOST)
         batch.add(row, host_slot, index.slot(row, NVME, shard.rank))
         self._prefetching_bytes += 0 if lease else size
-        if len(batch.rows) * size >= self.config.chunk_bytes:
+        if len(batch.rows) * size >= full:
             self._start_load(batch, () if lease is None else (lease,), now, kept=lease is None)
         return True
 
@@ -348,10 +372,38 @@ class Movement:
         self._stirred[group] = self._stirred_now[group] = None
         self._watch(group).stored += stored
 
+    def ask(self, group: Group, rows: Sequence[int], groups: Collection[Group], now: float) -> bool:
+        """A client wants these written, parents before children; True when none waits for its turn.
+
+        What the window has no room for follows as others end, whether or not the client asks again.
+        """
+        if self.write(group, rows, groups, now, asked=True) and not self.waits(now):
+            return True
+        shards, names = tuple(group.shards.values()), group.index.hashes
+        dirty = (row for row in rows if any(self._is_dirty(shard, row) for shard in shards))
+        self._watch(group).asked.update((row, names[row]) for row in dirty)
+        self._asked[group] = None
+        return False
+
+    def _write_asked(self, group: Group, groups: Collection[Group], now: float) -> None:
+        """Go on with what clients have asked for; a row that has another block by now is passed over."""
+        asked, names = self._watch(group).asked, group.index.hashes
+        while asked and (room := self._window()) > 0:
+            part = dict(islice(asked.items(), max(1, room // group.complete_bytes)))
+            for row in part:
+                del asked[row]
+            if not self.write(group, [row for row in part if names[row] == part[row]], groups, now, asked=True):
+                asked.update(part)
+                return
+        if not asked:
+            del self._asked[group]
+
     def plan(self, groups: Collection[Group], now: float) -> None:
         """Write what should be written next, as far as the window allows. Cheap where nothing has changed."""
         if not self._may_write(now):
             return
+        for group in list(self._asked):
+            self._write_asked(group, groups, now)
         for group in self._to_plan():
             watch = self._watch(group)
             watch.notice(group, now)
@@ -510,6 +562,7 @@ class Movement:
         self._watches.pop(group, None)
         self._stirred.pop(group, None)
         self._stirred_now.pop(group, None)
+        self._asked.pop(group, None)
         self._swept = None if self._swept is group else self._swept
 
     def waits(self, now: float) -> bool:

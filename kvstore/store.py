@@ -548,16 +548,16 @@ class Store:
     # Between tiers
 
     def persist(self, session_id: int, ns: int, hashes: Sequence[bytes], now: float) -> Durability:
-        """Write the leading blocks to the drive now, as far as its window allows; ask again for the rest."""
+        """Write the leading blocks to the drive, as fast as its window allows; ask again for how far that has come."""
         group, movement = self.shard(session_id, ns).group, self.movement
         rows = group.index.walk(hashes)
         if movement is None or group.memory_only:
             return Durability(0, 0)
         group.hold(rows)
-        all_begun = movement.write(group, rows, self._groups.values(), now, asked=True)
+        all_begun = movement.ask(group, rows, self._groups.values(), now)
         group.unhold(rows)
         durable = movement.durable(group, rows)
-        if not all_begun or movement.waits(now):
+        if not all_begun:
             return Durability(durable, len(rows) - durable)
         return Durability(durable, movement.coming(group, rows))
 

@@ -50,6 +50,24 @@ def test_blocks_on_the_drive_are_leased_at_once_and_come_in_prefix_order() -> No
     assert world.counters.promoted_blocks == 4
 
 
+def test_last_transfers_of_a_lease_are_smaller_the_nearer_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that little is left to be checked and copied once the drive has nothing more to do; a part's end is none."""
+    monkeypatch.setattr("forebay.kvstore.movement.LAST_BYTES", BLOCK_BYTES)
+    world = on_drive(24, slabs=8, nvme={"chunk_bytes": 8 * BLOCK_BYTES, "ahead_bytes": 8 * BLOCK_BYTES})
+    sizes = []
+    world.store.acquire(
+        1, world.ns, chain("a", 24), 30.0, world.now, hand_over=lambda: sizes.extend(len(t.rows) for t in world.step())
+    )
+    assert sizes + [len(load.rows) for load in world.step()] == [8, 8, 4, 2, 1, 1]
+
+
+def test_prefetch_is_not_cut_up_towards_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("forebay.kvstore.movement.LAST_BYTES", BLOCK_BYTES)
+    world = on_drive(8, slabs=8, nvme={"chunk_bytes": 4 * BLOCK_BYTES})
+    world.store.prefetch(1, world.ns, chain("a", 8), world.now)
+    assert [len(load.rows) for load in world.step()] == [4, 4]
+
+
 def test_resident_head_is_ready_at_once() -> None:
     world = on_drive(4)
     world.acquire(chain("a", 2))
@@ -550,6 +568,33 @@ def test_persist_tells_what_is_durable_and_what_is_on_its_way_or_waits_for_its_t
         told.append((said.durable, said.pending))
         world.finish_all()
     assert told == [(0, 5), (2, 3), (4, 1), (5, 0)]
+
+
+def test_what_a_client_has_asked_for_goes_on_to_the_drive_though_it_does_not_ask_again() -> None:
+    world = TwoTiers(slabs=8, nvme={"window_bytes": 2 * BLOCK_BYTES})
+    world.write(chain("a", 5))
+    world.store.persist(1, world.ns, chain("a", 5), world.now)
+    begun = []
+    while writes := world.step():
+        begun.append([name for write in writes for name in world.names_of(write)])
+        world.finish_all()
+        world.store.plan_writes(world.now)
+    assert begun == [chain("a", 5)[:2], chain("a", 5)[2:4], chain("a", 5)[4:]]
+    assert world.where(chain("a", 5)) == "bbbbb"
+
+
+def test_block_that_left_before_its_turn_came_is_not_written_nor_what_took_its_row() -> None:
+    world = TwoTiers(slabs=8, nvme={"window_bytes": BLOCK_BYTES})
+    world.write(chain("a", 2))
+    world.store.persist(1, world.ns, chain("a", 2), world.now)
+    row = world.index.find(chain("a", 2)[1])
+    world.store.evict(1, world.ns, Scope.BLOCKS, chain("a", 2)[1:])
+    world.write(chain("b", 1))
+    assert world.index.find(chain("b", 1)[0]) == row
+    world.finish_all()
+    world.store.plan_writes(world.now)
+    assert world.step() == []
+    assert world.where(chain("b", 1)) == "h"
 
 
 def test_before_the_drive_has_told_what_it_holds_blocks_wait_for_it() -> None:
