@@ -1,23 +1,27 @@
 """The nvme tier's rates, each beside fio on the same file system, by turns: what a client gets, what becomes durable.
 
-A fetch is of blocks that are on the drive alone, from the request to the last byte in the engine's memory. What counts
-as written is what the daemon reports as durable (flushed, and indexed) while a client stores a little more than fio
-has just written: much more could not become durable, and would take cores from the drive to be dropped. What becomes of
-a client that stores without a pause is told beside it. Every slot has been written before, as in a daemon that has run
-for a day.
+fio always has its next request at hand and its data in memory, so the tier is measured with as much: two fetches at a
+time, as the vLLM connector loads, of blocks that are on the drive alone, from the first request to the last byte in the
+engine's memory; and host memory full of blocks that become durable (flushed, and indexed) while nobody stores. What a
+single fetch reaches, and what becomes durable while a client stores, is told beside it. Every slot has been written
+before, as in a daemon that has run for a day.
 """
 
 from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from itertools import count, cycle
 from math import inf
 from pathlib import Path
 from statistics import median
 from typing import Any, Self
+
+import numpy as np
 
 from forebay.bench.bounds import pages_of
 from forebay.bench.engine_memory import PLAIN, Layout, Pool, chain
@@ -34,6 +38,10 @@ DEPTH = 8
 """The default of nvme.queue_depth, and fio's."""
 SLAB_BYTES = 64 * MIB
 CHAINS = 8
+FETCHES = 2
+"""At one time: as many as the vLLM connector has threads that load."""
+DIRTY_CHAINS = 3
+"""Of the cold chains' size: what host memory has to write, and can hold beside what is being written."""
 STORED_BYTES = 32 * MIB
 """By one call."""
 STORED_SHARE = 1.1
@@ -60,15 +68,16 @@ def large(plan: Plan) -> Iterator[Figure]:
     with _Rig(plan, LARGE) as rig:
         plan.progress("fetches of 2 MiB blocks from the drive")
         read = rig.fetches(plan.pick(4, 8))
-        yield rig.ratio(LARGE_NAMES[0], read)
-        yield rig.cpu(CPU_NAMES[0])
+        cpu = rig.cpu(CPU_NAMES[0])
+        yield rig.ratio(LARGE_NAMES[0], read, rig.single(plan.pick(2, 4)))
+        yield cpu
         if not plan.wants(*LARGE_NAMES[2:]):
             return
-        plan.progress("2 MiB blocks written while others are stored")
-        seconds = plan.pick(1.0, 2.0)
-        write = rig.writes(plan.pick(4, 8), seconds)
+        plan.progress("2 MiB blocks of host memory written")
+        write = rig.writes(plan.pick(4, 8))
         cpu = rig.cpu(CPU_NAMES[1])
-        yield rig.ratio(LARGE_NAMES[2], write, rig.unpaced(plan.pick(2, 4), seconds))
+        plan.progress("2 MiB blocks written while others are stored")
+        yield rig.ratio(LARGE_NAMES[2], write, rig.storing(plan.pick(2, 4), plan.pick(1.0, 2.0)))
         yield cpu
         if plan.told is not None:
             reached = [1e9 * median(pair.measured.scaled(_rate)) for pair in (read, write)]
@@ -80,7 +89,8 @@ def small(plan: Plan) -> Iterator[Figure]:
     """Fetches of 64 KiB blocks."""
     with _Rig(plan, SMALL) as rig:
         plan.progress("fetches of 64 KiB blocks from the drive")
-        yield rig.ratio(SMALL_NAMES[0], rig.fetches(plan.pick(4, 8)))
+        read = rig.fetches(plan.pick(4, 8))
+        yield rig.ratio(SMALL_NAMES[0], read, rig.single(plan.pick(2, 4)))
 
 
 class ColdChains:
@@ -92,6 +102,7 @@ class ColdChains:
         self.namespace = client.open_namespace(layout.spec)
         self._chains = [chain(f"cold {label} {number}", self.pool.blocks) for number in range(chains)]
         self._turns = cycle(self._chains)
+        self._pools = [self.pool]
 
     def write(self) -> None:
         """Store all and wait until they are durable; then read them back and compare. Raises BenchError."""
@@ -116,11 +127,38 @@ class ColdChains:
         if found.get("nvme") != len(hashes):
             raise BenchError(f"blocks to be read from the drive lie elsewhere: {found}")
         begun = time.perf_counter()
-        result = self._client.fetch(self.namespace, hashes, self.pool.table, self.pool.block_ids)
-        took = time.perf_counter() - begun
+        self._fetch(hashes, self.pool)
+        return time.perf_counter() - begun
+
+    def fetch_all(self) -> float:
+        """Fetch every chain, FETCHES at a time; returns the seconds it took."""
+        while len(self._pools) < FETCHES:
+            self._pools.append(Pool(self.pool.layout, self.pool.total_bytes))
+        wanted, before = deque(next(self._turns) for _ in self._chains), self._promoted_bytes()
+
+        def fetch_in_turn(pool: Pool) -> None:
+            with suppress(IndexError):  # none is left
+                while True:
+                    self._fetch(wanted.popleft(), pool)
+
+        with ThreadPoolExecutor(FETCHES) as threads:
+            begun = time.perf_counter()
+            ended = [threads.submit(fetch_in_turn, pool) for pool in self._pools]
+            for each in ended:
+                each.result()
+            took = time.perf_counter() - begun
+        promoted, size = self._promoted_bytes() - before, len(self._chains) * self.pool.total_bytes
+        if promoted != size:
+            raise BenchError(f"{promoted} of {size} bytes to be read from the drive were read from it")
+        return took
+
+    def _fetch(self, hashes: Sequence[bytes], pool: Pool) -> None:
+        result = self._client.fetch(self.namespace, hashes, pool.table, pool.block_ids)
         if result.blocks != len(hashes):
             raise BenchError(f"{result.blocks} of {len(hashes)} blocks were fetched: {result.reason}")
-        return took
+
+    def _promoted_bytes(self) -> int:
+        return int(self._client.status()["store"]["counters"]["promoted_bytes"])
 
     def warm_next(self) -> int:
         """Prefetch the next chain, as soon as there is room for it; returns the bytes asked for.
@@ -175,15 +213,25 @@ class _Rig:
         """Seconds a GB, of fio and of fetches of every chain."""
         return self._by_turns("read", self._fetch_all, repetitions)
 
-    def writes(self, repetitions: int, seconds: float) -> Pair:
-        """The same for what becomes durable while a little more is stored than fio has just written."""
-        wait_until(self._has_filled, FILL_S, "writing every slot once")
-        return self._by_turns("write", lambda: self._storm(seconds, self._bytes_per_s()), repetitions)
+    def single(self, repetitions: int) -> str:
+        """What is read when each chain is asked for once the one before it has come."""
+        size = CHAINS * self._cold.pool.total_bytes
+        rates = [size / 1e9 / sum(self._cold.fetch_next() for _ in range(CHAINS)) for _ in range(repetitions)]
+        return f"; {median(rates):.2f} GB/s one fetch at a time"
 
-    def unpaced(self, repetitions: int, seconds: float) -> str:
-        """What becomes durable while a client stores as fast as it can."""
-        taken = [1 / self._storm(seconds, inf) for _ in range(repetitions)]
-        return f"; {median(taken):.2f} GB/s while stores come without a pause"
+    def writes(self, repetitions: int) -> Pair:
+        """The same for blocks of host memory that become durable while nobody stores."""
+        wait_until(self._has_filled, FILL_S, "writing every slot once")
+        return self._by_turns("write", self._write_down, repetitions)
+
+    def storing(self, repetitions: int, seconds: float) -> str:
+        """What becomes durable while a client stores: a little more than fio has just written, and all it can."""
+        paced = [self._storm(seconds, self._bytes_per_s()) for _ in range(repetitions)]
+        unpaced = [self._storm(seconds, inf) for _ in range(repetitions)]
+        return (
+            f"; {median(paced):.2f} GB/s while a client stores a tenth more than fio, "
+            f"{median(unpaced):.2f} while it stores without a pause"
+        )
 
     def ratio(self, name: str, pair: Pair, more: str = "") -> Figure:
         measured = median(pair.measured.scaled(_rate))
@@ -226,18 +274,50 @@ class _Rig:
 
     def _fetch_all(self) -> float:
         used = cpu_s(*self._daemon.pids)
-        seconds = sum(self._cold.fetch_next() for _ in range(CHAINS))
+        seconds = self._cold.fetch_all()
         return self._note(used, CHAINS * self._cold.pool.total_bytes, seconds)
+
+    def _write_down(self) -> float:
+        hashes = self._store_dirty()
+
+        def are_durable() -> bool:
+            kept = self._client.persist(self._cold.namespace, hashes, timeout_ms=0)
+            return kept.durable == len(hashes)
+
+        used, before, begun = cpu_s(*self._daemon.pids), self._durable_bytes(), time.perf_counter()
+        wait_until(are_durable, FILL_S, "writing host memory down", step_s=0.004)
+        took = time.perf_counter() - begun
+        return self._note(used, self._durable_bytes() - before, took)
+
+    def _store_dirty(self) -> Sequence[bytes]:
+        """A chain in host memory of which next to nothing is on the drive, and nothing on its way there."""
+        pool = self._cold.pool
+        hashes, ids = (
+            chain(f"dirty {next(self._fresh)}", DIRTY_CHAINS * pool.blocks),
+            np.tile(pool.block_ids, DIRTY_CHAINS),
+        )
+        for end in range(pool.blocks, len(hashes) + 1, pool.blocks):
+            wait_until(self._is_quiet, FILL_S, "ending what is being written")
+            stored = self._client.store(self._cold.namespace, hashes[:end], pool.table, ids[:end])
+            if stored.committed != pool.blocks:
+                raise BenchError(f"{stored.committed} of {pool.blocks} new blocks were stored: {stored.reason}")
+        wait_until(self._is_quiet, FILL_S, "ending what is being written")
+        return hashes
+
+    def _is_quiet(self) -> bool:
+        return not self._client.status()["store"]["movement"]["writes"]
 
     def _bytes_per_s(self) -> float:
         """A little more than fio reached last; without it, no bound."""
         return STORED_SHARE * self._bounds[-1].bytes_per_s if self._bounds else inf
 
     def _storm(self, seconds: float, bytes_per_s: float) -> float:
+        """GB/s."""
         self._store_for(SETTLE_S, bytes_per_s)
-        used, before, begun = cpu_s(*self._daemon.pids), self._durable_bytes(), time.perf_counter()
+        before, begun = self._durable_bytes(), time.perf_counter()
         self._store_for(seconds, bytes_per_s)
-        return self._note(used, self._durable_bytes() - before, time.perf_counter() - begun)
+        took = time.perf_counter() - begun
+        return (self._durable_bytes() - before) / took / 1e9
 
     def _note(self, used_s: float, moved_bytes: int, seconds: float) -> float:
         if not moved_bytes:
