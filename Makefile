@@ -13,6 +13,8 @@ TORCH_VERSION ?= 2.13.0
 TORCH_ARGS ?=
 
 PYTEST_ARGS ?=
+# Tests at one time, a file to each: most of them wait, for daemons, clocks and disks. JOBS=0 runs all in one process.
+JOBS ?= 2
 
 # vLLM pins its own torch and transformers, so it never shares an environment. A CPU build that needs no compiler, with
 # only what an engine without its HTTP server imports. Python 3.11, for which all of it is published.
@@ -69,7 +71,7 @@ docs-check: $(STAMPS)/dev ## are the generated documents up to date?
 	$(BIN)/python -m forebay.daemon.configdoc --check
 
 unit: $(STAMPS)/dev ## all tests (PYTEST_ARGS='-k name')
-	$(BIN)/pytest $(PYTEST_ARGS)
+	$(BIN)/pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
 bench: $(STAMPS)/dev ## the figures, each beside its bound (BENCH_ARGS=--quick for the short run)
 	$(BIN)/forebay bench $(BENCH_ARGS)
