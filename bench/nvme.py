@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from itertools import count, cycle
 from math import inf
 from pathlib import Path
@@ -116,19 +115,17 @@ class ColdChains:
                 raise BenchError(f"{kept.durable} of {len(hashes)} blocks became durable")
         for number in range(len(self._chains)):
             self.pool.wipe()
-            self.fetch_next()
+            self._fetch_next()
             if not self.pool.marked(number):
                 raise BenchError("the bytes fetched are not the bytes stored")
 
-    def fetch_next(self) -> float:
-        """Fetch the next chain; returns the seconds it took."""
+    def _fetch_next(self) -> None:
+        """Fetch the next chain, which is on the drive alone."""
         hashes = next(self._turns)
         found = self._client.lookup(self.namespace, hashes).by_tier
         if found.get("nvme") != len(hashes):
             raise BenchError(f"blocks to be read from the drive lie elsewhere: {found}")
-        begun = time.perf_counter()
         self._fetch(hashes, self.pool)
-        return time.perf_counter() - begun
 
     def fetch_all(self, at_once: int) -> tuple[float, int]:
         """Fetch every chain, so many at one time; returns the seconds it took and the bytes read from the drive.
@@ -137,12 +134,11 @@ class ColdChains:
         """
         while len(self._pools) < at_once:
             self._pools.append(Pool(self.pool.layout, self.pool.total_bytes))
-        wanted, before = deque(next(self._turns) for _ in self._chains), self._promoted_bytes()
+        wanted, before = iter([next(self._turns) for _ in self._chains]), self._promoted_bytes()
 
         def fetch_in_turn(pool: Pool) -> None:
-            with suppress(IndexError):  # none is left
-                while True:
-                    self._fetch(wanted.popleft(), pool)
+            for hashes in wanted:  # one iterator for all
+                self._fetch(hashes, pool)
 
         with ThreadPoolExecutor(at_once) as threads:
             begun = time.perf_counter()
@@ -291,10 +287,8 @@ class _Rig:
     def _store_dirty(self) -> Sequence[bytes]:
         """A chain in host memory of which next to nothing is on the drive, and nothing on its way there."""
         pool = self._cold.pool
-        hashes, ids = (
-            chain(f"dirty {next(self._fresh)}", DIRTY_CHAINS * pool.blocks),
-            np.tile(pool.block_ids, DIRTY_CHAINS),
-        )
+        hashes = chain(f"dirty {next(self._fresh)}", DIRTY_CHAINS * pool.blocks)
+        ids = np.tile(pool.block_ids, DIRTY_CHAINS)
         for end in range(pool.blocks, len(hashes) + 1, pool.blocks):
             wait_until(self._is_quiet, FILL_S, "ending what is being written")
             stored = self._client.store(self._cold.namespace, hashes[:end], pool.table, ids[:end])

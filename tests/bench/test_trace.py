@@ -75,7 +75,9 @@ def test_line_that_is_no_request_is_named(tmp_path: Path, line: str) -> None:
         read_trace(path)
 
 
-@pytest.mark.parametrize("content", [b"", b"\x1f\x8b broken", gzip.compress(GOOD.encode())[:-9]])
+@pytest.mark.parametrize(
+    "content", [b"", b"\x1f\x8b broken", gzip.compress(GOOD.encode())[:-9]], ids=("empty", "broken", "cut short")
+)
 def test_empty_or_broken_files_are_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "t.jsonl.gz"
     path.write_bytes(content)

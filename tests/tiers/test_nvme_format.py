@@ -190,7 +190,7 @@ def test_right_slot_passes() -> None:
         {"generation": GENERATION - 1},
         {"payload": PAYLOAD[:-1]},
     ],
-    ids=str,
+    ids=("drive", "namespace", "slot", "slab", "hash", "shorter hash", "generation", "shorter payload"),
 )
 def test_sound_header_of_anything_else_is_another_block(changed: dict[str, object]) -> None:
     assert check(sound_page(), **changed) is IoStatus.OTHER_BLOCK
