@@ -93,10 +93,16 @@ KEYS = [key(number) for number in range(4)]
 
 
 def held_back(daemon: FakeDaemon) -> threading.Event:
-    """Keep the daemon's thread busy until the event is set, 10 s at most."""
-    release = threading.Event()
-    daemon._tasks.put(lambda: release.wait(10) and None)
+    """Keep the daemon's thread busy, from now on until the event is set, 10 s at most."""
+    begun, release = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        begun.set()
+        release.wait(10)
+
+    daemon._tasks.put(hold)
     os.eventfd_write(daemon._wake, 1)
+    assert begun.wait(10)
     return release
 
 
