@@ -31,14 +31,15 @@ from forebay.bench.plan import Plan, pinned
 from forebay.bench.processes import BenchError, Daemon, pause, wait_until
 from forebay.bench.timing import Pair, Series, by_turns, take_latency
 from forebay.client import Client
+from forebay.client.vllm_worker import LOAD_THREADS
 from forebay.tiers.nvme_bandwidth import Bandwidth, write_bandwidth
 
 DEPTH = 8
 """The default of nvme.queue_depth, and fio's."""
 SLAB_BYTES = 64 * MIB
 CHAINS = 8
-FETCHES = 2
-"""At one time: as many as the vLLM connector has threads that load."""
+FETCHES = LOAD_THREADS
+"""At one time, as the vLLM connector loads."""
 DIRTY_CHAINS = 3
 """Of the cold chains' size: what host memory has to write, and can hold beside what is being written."""
 STORED_BYTES = 32 * MIB

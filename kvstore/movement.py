@@ -110,7 +110,6 @@ class _Watch:
         cursor: the row with which the sweep goes on, and `to_sweep` what it found before that and has still to write.
         stored: how often blocks became dirty; `swept` is how often they had when the last full sweep began, `sweeping`
             when this one did.
-        asked: rows that clients want written and the window had no room for, oldest first, with their blocks' names.
     """
 
     evicted: int = 0
@@ -126,7 +125,6 @@ class _Watch:
     stored: int = 1
     swept: int = 0
     sweeping: int = 0
-    asked: dict[int, bytes | None] = field(default_factory=dict)
 
     def notice(self, group: Group, now: float) -> None:
         """Take in how many blocks have left since the last plan."""
@@ -174,7 +172,8 @@ class Movement:
         self._watches: dict[Group, _Watch] = {}
         self._stirred: OrderedDict[Group, None] = OrderedDict()
         self._stirred_now: dict[Group, None] = {}
-        self._asked: dict[Group, None] = {}
+        self._asked: dict[Group, dict[int, bytes | None]] = {}
+        """Rows that clients want written and the window had no room for, oldest first, with their blocks' names."""
         self._swept: Group | None = None
         self._writing_bytes = 0
         self._pauses: dict[int, float] = {}
@@ -381,20 +380,18 @@ class Movement:
             return True
         shards, names = tuple(group.shards.values()), group.index.hashes
         dirty = (row for row in rows if any(self._is_dirty(shard, row) for shard in shards))
-        self._watch(group).asked.update((row, names[row]) for row in dirty)
-        self._asked[group] = None
+        self._asked.setdefault(group, {}).update((row, names[row]) for row in dirty)
         return False
 
     def _write_asked(self, group: Group, groups: Collection[Group], now: float) -> None:
         """Go on with what clients have asked for; a row that has another block by now is passed over."""
-        asked, names = self._watch(group).asked, group.index.hashes
+        asked, names = self._asked[group], group.index.hashes
         while asked and (room := self._window()) > 0:
-            part = dict(islice(asked.items(), max(1, room // group.complete_bytes)))
+            part = list(islice(asked, max(1, room // group.complete_bytes)))
+            if not self.write(group, [row for row in part if names[row] == asked[row]], groups, now, asked=True):
+                return  # what was begun of it is passed over next time
             for row in part:
                 del asked[row]
-            if not self.write(group, [row for row in part if names[row] == part[row]], groups, now, asked=True):
-                asked.update(part)
-                return
         if not asked:
             del self._asked[group]
 

@@ -583,6 +583,20 @@ def test_what_a_client_has_asked_for_goes_on_to_the_drive_though_it_does_not_ask
     assert world.where(chain("a", 5)) == "bbbbb"
 
 
+def test_what_a_client_has_asked_for_keeps_its_order_while_there_is_room_for_part_of_a_block() -> None:
+    world = TwoTiers(slabs=8, nvme={"window_bytes": BLOCK_BYTES + 1})
+    world.write(chain("a", 4))
+    world.store.persist(1, world.ns, chain("a", 4), world.now)
+    begun = []
+    while writes := world.step():
+        begun += [name for write in writes for name in world.names_of(write)]
+        for _ in range(2):
+            world.store.plan_writes(world.now)
+        world.finish_all()
+        world.store.plan_writes(world.now)
+    assert begun == chain("a", 4)
+
+
 def test_block_that_left_before_its_turn_came_is_not_written_nor_what_took_its_row() -> None:
     world = TwoTiers(slabs=8, nvme={"window_bytes": BLOCK_BYTES})
     world.write(chain("a", 2))
