@@ -43,10 +43,6 @@ FLUSH_TRIES = 8
 PAUSE_S = 0.5
 """A drive's, after a transfer of whose blocks on it none was written."""
 
-LAST_BYTES = 2 * MIB
-"""Of a lease's last transfer: nobody copies while it is checked, so it is small, and those before it not twice as large
-as what comes after."""
-
 WINDOW_SHARE = 4
 """What is being written cannot leave host memory meanwhile, so it is at most this part of a small tier."""
 
@@ -219,7 +215,7 @@ class Movement:
                 if lease.total < len(rows) or lease.lease_id not in self._leases:
                     break
             part = rows[first : first + stride]
-            covered += self.promote(group, part, lease, groups, now, len(rows) - first - len(part))
+            covered += self.promote(group, part, lease, groups, now)
             if covered < first + len(part):
                 left = rows[covered:]
                 self._counters.promotions_full_blocks += len(left) - group.index.count_by_tier(left)[HOST]
@@ -227,18 +223,12 @@ class Movement:
         return covered
 
     def promote(
-        self,
-        group: Group,
-        rows: Sequence[int],
-        lease: Lease | None,
-        groups: Collection[Group],
-        now: float,
-        to_come: int = 0,
+        self, group: Group, rows: Sequence[int], lease: Lease | None, groups: Collection[Group], now: float
     ) -> int:
         """Bring these complete blocks, which the caller holds, to host memory; returns how many leading ones will be.
 
-        Fewer than all when host memory has no room. With a lease it is told of the progress, and `to_come` is how many
-        of its blocks come after these; without one this is a prefetch, and bounded.
+        Fewer than all when host memory has no room. With a lease it is told of the progress; without one this is a
+        prefetch, and bounded.
         """
         index = group.index
         left = len(rows) - index.count_by_tier(rows)[HOST]
@@ -250,7 +240,7 @@ class Movement:
             if index.is_whole_in(row, HOST):
                 continue
             for batch in batches:
-                if not self._bring(batch, row, lease, groups, left, to_come, now):
+                if not self._bring(batch, row, lease, groups, left, now):
                     break
             else:
                 left -= 1
@@ -262,16 +252,8 @@ class Movement:
         return covered
 
     def _bring(
-        self,
-        batch: _Batch,
-        row: int,
-        lease: Lease | None,
-        groups: Collection[Group],
-        left: int,
-        to_come: int,
-        now: float,
+        self, batch: _Batch, row: int, lease: Lease | None, groups: Collection[Group], left: int, now: float
     ) -> bool:
-        """`left`: how many are still to be brought now, this one among them."""
         shard = batch.shard
         group, index = shard.group, shard.group.index
         if index.slot(row, HOST, shard.rank) != NO_SLOT:
@@ -279,17 +261,14 @@ class Movement:
         if index.reserved_slot(row, HOST, shard.rank) != NO_SLOT:
             return self._is_being_brought(batch, row, lease)
         size = shard.slots.block_bytes
-        full = self.config.chunk_bytes
         if lease is None:
             left = min(left, self._prefetch_room() // size)
-        else:
-            full = min(full, max(LAST_BYTES, (left - 1 + to_come) * size))
         if left < 1 or not self._host.ensure(shard, groups, now, left):
             return False
         host_slot, _ = group.reserve(shard, row, HOST)
         batch.add(row, host_slot, index.slot(row, NVME, shard.rank))
         self._prefetching_bytes += 0 if lease else size
-        if len(batch.rows) * size >= full:
+        if len(batch.rows) * size >= self.config.chunk_bytes:
             self._start_load(batch, () if lease is None else (lease,), now, kept=lease is None)
         return True
 

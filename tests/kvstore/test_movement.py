@@ -50,24 +50,6 @@ def test_blocks_on_the_drive_are_leased_at_once_and_come_in_prefix_order() -> No
     assert world.counters.promoted_blocks == 4
 
 
-def test_last_transfers_of_a_lease_are_smaller_the_nearer_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that little is left to be checked and copied once the drive has nothing more to do; a part's end is none."""
-    monkeypatch.setattr("forebay.kvstore.movement.LAST_BYTES", BLOCK_BYTES)
-    world = on_drive(24, slabs=8, nvme={"chunk_bytes": 8 * BLOCK_BYTES, "ahead_bytes": 8 * BLOCK_BYTES})
-    sizes = []
-    world.store.acquire(
-        1, world.ns, chain("a", 24), 30.0, world.now, hand_over=lambda: sizes.extend(len(t.rows) for t in world.step())
-    )
-    assert sizes + [len(load.rows) for load in world.step()] == [8, 8, 4, 2, 1, 1]
-
-
-def test_prefetch_is_not_cut_up_towards_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("forebay.kvstore.movement.LAST_BYTES", BLOCK_BYTES)
-    world = on_drive(8, slabs=8, nvme={"chunk_bytes": 4 * BLOCK_BYTES})
-    world.store.prefetch(1, world.ns, chain("a", 8), world.now)
-    assert [len(load.rows) for load in world.step()] == [4, 4]
-
-
 def test_resident_head_is_ready_at_once() -> None:
     world = on_drive(4)
     world.acquire(chain("a", 2))
