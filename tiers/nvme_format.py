@@ -339,8 +339,8 @@ def found_record(record: SlotRecord) -> tuple[bytes, bytes]:
     return key, encode_record(key, record.hash, record.parent, record.depth, record.generation, record.payload_checksum)
 
 
-def record_head(key: bytes, value: bytes) -> tuple[int, int, int, int] | None:
-    """(hash length, parent length, depth, generation) of a sound record, else None."""
+def record_head(key: bytes, value: bytes) -> tuple[int, int, int, int, int] | None:
+    """(hash length, parent length, depth, generation, what it adds to the index's sum) of a sound record, else None."""
     whole = _WHOLE_RECORDS.get(len(value))
     if whole is None or len(key) != _KEY.size:
         return None
@@ -350,7 +350,7 @@ def record_head(key: bytes, value: bytes) -> tuple[int, int, int, int] | None:
         or len(value) != _RECORD.size + hash_len + parent_len + _U64.size
     ):
         return None
-    return hash_len, parent_len, depth, generation
+    return hash_len, parent_len, depth, generation, checksum
 
 
 def record_struct(hash_len: int, parent_len: int) -> struct.Struct:

@@ -19,9 +19,9 @@ from typing import IO
 
 from forebay.kvstore.errors import Corrupt
 from forebay.tiers.nvme_drive import Drive, sync_directory
-from forebay.tiers.nvme_format import SLAB_KEY_BYTES, SLAB_RECORD_BYTES, decode_slab_record, record_struct
+from forebay.tiers.nvme_format import SLAB_KEY_BYTES, SLAB_RECORD_BYTES, decode_slab_record
 from forebay.tiers.nvme_jobs import RestoredBlock, SlabOwner
-from forebay.tiers.nvme_walk import BLOCKS, END, FRAME, INDEX_FILE, KEY_BYTES, PROBLEM, SLABS, TOTALS
+from forebay.tiers.nvme_walk import BLOCKS, END, FRAME, INDEX_FILE, KEY_BYTES, PROBLEM, SLABS, TOTALS, told_struct
 
 Assigned = tuple[int, SlabOwner, int]
 
@@ -122,7 +122,10 @@ class IndexReader:
                 yield _slabs_of(body[TOTALS.size :], count)
             elif kind == BLOCKS:
                 told += count
-                yield bytes(body[: count * KEY_BYTES]), _blocks_of(body, count, hash_len, parent_len)
+                blocks = list(told_struct(hash_len, parent_len).iter_unpack(body[count * KEY_BYTES :]))
+                if len(blocks) != count:
+                    raise Corrupt(f"{len(blocks)} blocks in a frame of {count}")
+                yield bytes(body[: count * KEY_BYTES]), blocks
             else:
                 raise Corrupt(bytes(body[:500]).decode(errors="replace") if kind == PROBLEM else "an unknown frame")
         assert self._child is not None
@@ -146,14 +149,6 @@ def _slabs_of(body: memoryview, count: int) -> list[Assigned]:
         decode_slab_record(bytes(body[at : at + SLAB_KEY_BYTES]), bytes(body[at + SLAB_KEY_BYTES : at + _SLAB_BYTES]))
         for at in range(0, count * _SLAB_BYTES, _SLAB_BYTES)
     ]
-
-
-def _blocks_of(body: memoryview, count: int, hash_len: int, parent_len: int) -> list[RestoredBlock]:
-    """Column by column, so that the interpreter does little per block."""
-    places = struct.unpack_from(f">{2 * count}I", body)
-    columns = zip(*record_struct(hash_len, parent_len).iter_unpack(body[count * KEY_BYTES :]))
-    depths, generations, hashes, parents = columns
-    return list(zip(places[0::2], places[1::2], hashes, parents, depths, generations))
 
 
 def _frames(fd: int, longest: int, first_s: float, next_s: float) -> Iterator[tuple[int, int, int, int, memoryview]]:

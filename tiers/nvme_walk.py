@@ -39,6 +39,7 @@ from forebay.tiers.nvme_format import (
     decode_slab_record,
     decode_state,
     record_head,
+    record_struct,
     record_sum,
     slots_per_slab,
 )
@@ -93,8 +94,9 @@ _Room = dict[bytes, tuple[int, int, int]]
 
 def _walk_slabs(txn: lmdb.Transaction, database: Any, walked: Walked, header: DriveHeader) -> _Room:
     room: _Room = {}
-    for key, value in _ordered(txn, database, walked):
+    for key, value in _ordered(txn, database):
         slab, owner, generation = decode_slab_record(key, value)
+        walked.total += record_sum(value)
         if slab >= header.slabs:
             raise Corrupt(f"slab {slab} is beyond the drive's {header.slabs}")
         room[key] = generation, slots_per_slab(header.slab_bytes, owner.slot_bytes), owner.hash_bytes
@@ -109,13 +111,15 @@ def _walk_slots(txn: lmdb.Transaction, database: Any, walked: Walked, room: _Roo
     are neighbours in the daemon's memory too.
     """
     buckets = walked.buckets
-    slab, since, end, hash_bytes = b"", 0, b"", 0
+    slab, since, end, hash_bytes, total = b"", 0, b"", 0, 0
     last = b""  # hash of the block before, where that one is told among the first
-    for key, value in _ordered(txn, database, walked):
+    open_shape, keys, values = (-1, -1, -1), bytearray(), bytearray()
+    for key, value in _ordered(txn, database):
         head = record_head(key, value)
         if head is None:
             raise Corrupt("a block's record is damaged")
-        hash_len, parent_len, depth, generation = head
+        hash_len, parent_len, depth, generation, checksum = head
+        total += checksum
         if key[:4] != slab:
             slab = key[:4]
             since, slots, hash_bytes = room.get(slab, (0, 0, 0))
@@ -127,29 +131,28 @@ def _walk_slots(txn: lmdb.Transaction, database: Any, walked: Walked, room: _Roo
         order = 1 if parent_len and names[hash_len:] == last else depth
         last = names[:hash_len] if order <= 1 else b""
         shape = order, hash_len, parent_len
-        if shape not in buckets:
-            buckets[shape] = bytearray(), bytearray()
-        keys, values = buckets[shape]
+        if shape != open_shape:
+            open_shape = shape
+            keys, values = buckets.setdefault(shape, (bytearray(), bytearray()))
         keys += key
         values += value
+    walked.total += total
     walked.records = sum(len(keys) for keys, _ in buckets.values()) // KEY_BYTES
 
 
-def _ordered(txn: lmdb.Transaction, database: Any, walked: Walked) -> Iterator[tuple[bytes, bytes]]:
-    """All records, which are summed; Corrupt unless their keys ascend and they are as many as the tree's root says."""
-    last, count, total = b"", 0, 0
+def _ordered(txn: lmdb.Transaction, database: Any) -> Iterator[tuple[bytes, bytes]]:
+    """All records; Corrupt unless their keys ascend and they are as many as the tree's root says."""
+    last, count = b"", 0
     cursor: Any = txn.cursor(database)
     for key, value in cursor:
         if key <= last:
             raise Corrupt("keys out of order")
         last = key
         count += 1
-        total += record_sum(value)
         yield key, value
     expected = int(txn.stat(database)["entries"])
     if count != expected:
         raise Corrupt(f"{count} records reached of {expected}")
-    walked.total += total
 
 
 def frames(walked: Walked) -> Iterator[bytes]:
@@ -185,10 +188,25 @@ def _cut(keys: bytearray, values: bytearray, hash_len: int, parent_len: int, lea
     at = 0
     while count - at >= max(1, least):
         end = min(count, at + FRAME_BLOCKS_MAX)
-        body = bytes(keys[at * KEY_BYTES : end * KEY_BYTES]) + values[at * width : end * width]
+        body = _body(keys[at * KEY_BYTES : end * KEY_BYTES], values[at * width : end * width], hash_len, parent_len)
         yield FRAME.pack(BLOCKS, hash_len, parent_len, end - at, len(body)) + body
         at = end
     del keys[: at * KEY_BYTES], values[: at * width]
+
+
+def _body(keys: bytearray, values: bytearray, hash_len: int, parent_len: int) -> bytes:
+    """What a frame of blocks holds: their keys, and each as the daemon takes it, which has less time than we."""
+    places = struct.unpack(f">{len(keys) // 4}I", keys)
+    depths, generations, hashes, parents = zip(*record_struct(hash_len, parent_len).iter_unpack(values))
+    blocks = map(
+        told_struct(hash_len, parent_len).pack, places[::2], places[1::2], hashes, parents, depths, generations
+    )
+    return bytes(keys) + b"".join(blocks)
+
+
+def told_struct(hash_len: int, parent_len: int) -> struct.Struct:
+    """A block in a frame, of one shape: slab, slot, hash, parent, depth, generation."""
+    return struct.Struct(f"<II{hash_len}s{parent_len}sIQ")
 
 
 def copy_index(source: Path, target: Path) -> None:

@@ -38,6 +38,7 @@ from forebay.tiers.nvme_format import (
     pack_slot,
     record_head,
     record_struct,
+    record_sum,
     slab_key,
     slabs_in,
     slot_key,
@@ -207,7 +208,7 @@ def test_damage_is_told_apart() -> None:
 def test_index_record_comes_back() -> None:
     key = slot_key(1, 2)
     value = encode_record(key, HASH, b"", 9, GENERATION, 77)
-    assert record_head(key, value) == (32, 0, 9, GENERATION)
+    assert record_head(key, value) == (32, 0, 9, GENERATION, record_sum(value))
     assert list(record_struct(32, 0).iter_unpack(value)) == [(9, GENERATION, HASH, b"")]
     assert slot_place(key) == (1, 2)
 

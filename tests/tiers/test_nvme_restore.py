@@ -209,9 +209,10 @@ def child(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
         ("import os; os.write(1, bytes.fromhex('090000000000000000000000'))", "unknown frame"),
         ("import os; os.write(1, bytes.fromhex('030000000000000000000000')); raise SystemExit(1)", "ended with 1"),
         ("import os; os.write(1, bytes.fromhex('010000000500000001000000') + b'x')", "makes no sense"),
-        ("import os; os.write(1, bytes.fromhex('020101000500000001000000') + b'x')", "makes no sense"),
+        ("import os; os.write(1, bytes.fromhex('020101000500000001000000') + b'x')", "0 blocks in a frame of 5"),
+        ("import os; os.write(1, bytes.fromhex('02010100010000000d000000') + bytes(13))", "makes no sense"),
     ],
-    ids=["abort", "exit", "garbage", "unknown", "no slabs", "short slabs", "short blocks"],
+    ids=["abort", "exit", "garbage", "unknown", "no slabs", "short slabs", "no blocks", "part of a block"],
 )
 def test_anything_but_a_clean_answer_leads_to_a_rebuild(
     path: Path, monkeypatch: pytest.MonkeyPatch, code: str, said: str
