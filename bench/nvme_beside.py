@@ -1,7 +1,7 @@
 """Host memory beside a busy drive: lookups and fetches of resident blocks while the nvme tier is saturated.
 
-One process prefetches blocks from the drive without a pause, another stores new ones as fast as they become durable,
-the latter when nobody else wants its core: what it copies is its own work. What is measured is what that does to
+One process prefetches blocks from the drive without a pause, another stores new ones as fast as they become durable.
+Neither copies a byte, as with GPUs that read and write the slots by DMA. What is measured is what that does to
 somebody whose blocks are in memory: the 99th percentile of his calls, over the same when all is quiet. The bound is the
 same with fio at the drive instead: what any reader of it costs its neighbours on these cores. Nobody is pinned: the
 kernel places daemon, caller and the others, as it does in service.

@@ -2,10 +2,10 @@
 
 Threads and preadv rather than an asynchronous interface: it needs nothing of the kernel that a container may forbid,
 and from 256 KiB on it is as fast. Each direction has as many threads as its queue is deep, which do nothing but wait
-for the drive. Hashing and copying is the work of others, one fewer than there are cores: they may stand back for
-everybody else, and the drive still has its next call at once. Threads that did both left it idle for a quarter of the
-time where cores are scarce, since a call that had ended waited for the hash of another. Where those who hash get no
-core at all, the drive's threads take over: else whoever keeps every core busy would bring the tier to a stop.
+for the drive. Hashing and copying is the work of others, one fewer than there are cores: they give way to everybody
+else every tenth of a millisecond, and the drive still has its next call at once. Threads that did both left it idle for
+a quarter of the time where cores are scarce, since a call that had ended waited for the hash of another. Where those
+who hash get no core at all, the drive's threads take over.
 
 Calls go straight from and into the host's slots, or through buffers (nvme_staging.py). Loads go first: while one waits,
 at most one write is under way, so that stores go on but never in a load's way. What a job has in adjacent slots is one
@@ -53,6 +53,8 @@ OVERTAKEN_S = 0.05
 """How long a read that many others have overtaken holds back those after it."""
 LATE_S = 0.25
 """What has waited so long to be hashed is taken over; a tenth of it cost the writes of a busy machine 5 %."""
+_GIVE_WAY_BYTES = 1 << 20
+"""Hashed or copied, in a tenth of a millisecond or so, before others have their turn."""
 _OVERTAKING = 2
 """How many may overtake it, in queue depths."""
 _FAILURES_MAX = 3
@@ -322,6 +324,8 @@ class DriveIo:
         """When one of those who hash last looked for work, or work came when there was none."""
         self._storing = 0
         """Writes at the drive, or being made ready for it."""
+        self._worked_bytes = 0
+        """Since somebody last gave way; whose they were does not matter, nor one that is counted late."""
         self._closed = False
         self._queue_depth = queue_depth
         self._load_meter, self._write_meter = Meter(), Meter()
@@ -458,6 +462,17 @@ class DriveIo:
                     return None
                 self._work_ready.wait()
 
+    def _give_way(self, worked_bytes: int) -> None:
+        """So many bytes were hashed or copied: once they are enough, whoever waits for this core has it.
+
+        The kernel alone lets one that has just run, as those in the way of an answer have, wait for its next tick: up
+        to 4 ms (EEVDF calls it not eligible, whatever the niceness of who is running).
+        """
+        self._worked_bytes += worked_bytes
+        if self._worked_bytes >= _GIVE_WAY_BYTES:
+            self._worked_bytes = 0
+            os.sched_yield()
+
     def _is_late(self) -> bool:
         """Those who hash have not come for what waits for them."""
         return time.monotonic() >= self._worked_s + LATE_S
@@ -586,8 +601,10 @@ class DriveIo:
             job.hashes[block],
             job.generations[block],
         )
+        self._give_way(job.payload_bytes)
         if status == IoStatus.OK:
             move(job.views[block], slot)
+            self._give_way(job.payload_bytes)
         work.statuses[block] = status
         work.checksums[block] = checksum
         return status == IoStatus.OK
@@ -631,7 +648,9 @@ class DriveIo:
         job = work.job
         assert isinstance(job, WriteJob)
         move(slot, job.views[block], soon_read=True)
+        self._give_way(job.payload_bytes)
         checksum = work.checksums[block] = xxh3_64_intdigest(slot[: job.payload_bytes])
+        self._give_way(job.payload_bytes)
         blank(page)
         pack_slot(
             page,
