@@ -71,6 +71,8 @@ class Worker:
         hashes = chain(f"{os.getpid()} {self._stored}", self._pool.blocks)
         with self._client.reserve(self._namespace, hashes) as reservation:
             committed = reservation.commit()
+        if not committed:
+            raise Failed("nothing of a reservation could be stored")
         self._client.persist(self._namespace, hashes)
         return committed * self._pool.layout.block_bytes
 

@@ -3,7 +3,7 @@
 Threads and preadv rather than an asynchronous interface: it needs nothing of the kernel that a container may forbid,
 and from 256 KiB on it is as fast. Each direction has as many threads as its queue is deep, which do nothing but wait
 for the drive. Hashing and copying is the work of others, one fewer than there are cores: they give way to everybody
-else every tenth of a millisecond, and the drive still has its next call at once. Threads that did both left it idle for
+else after each MiB or block, and the drive still has its next call at once. Threads that did both left it idle for
 a quarter of the time where cores are scarce, since a call that had ended waited for the hash of another. Where those
 who hash get no core at all, the drive's threads take over.
 
@@ -54,7 +54,7 @@ OVERTAKEN_S = 0.05
 LATE_S = 0.25
 """What has waited so long to be hashed is taken over; a tenth of it cost the writes of a busy machine 5 %."""
 _GIVE_WAY_BYTES = 1 << 20
-"""Hashed or copied, in a tenth of a millisecond or so, before others have their turn."""
+"""Hashed or copied before others have their turn, a tenth of a millisecond or so; a block is not cut up for that."""
 _OVERTAKING = 2
 """How many may overtake it, in queue depths."""
 _FAILURES_MAX = 3
