@@ -8,6 +8,7 @@ found: a header names its drive, its place and its generation, a slot header in 
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from xxhash import xxh3_64_intdigest
@@ -278,17 +279,18 @@ def has_slot_magic(page: bytes | memoryview) -> bool:
 
 def check_slot(
     page: memoryview,
-    payload: memoryview,
+    payload_bytes: int,
     drive_id: bytes,
     namespace_id: bytes,
     place: tuple[int, int],
     hash_: bytes,
     generation: int,
+    digest: Callable[[], int],
 ) -> tuple[IoStatus, int]:
     """Whether a slot that was read holds the block it should; the payload's checksum when it does.
 
-    `payload` is exactly the payload's bytes, without padding. The header is believed only after its own checksum, and
-    the payload is hashed only after the header has been found to be the right one.
+    `digest` computes the xxh3_64 of the `payload_bytes` that were read, without padding. The header is believed only
+    after its own checksum, and the payload is hashed only after the header has been found to be the right one.
     """
     fields = _SLOT.unpack_from(page)
     if fields[0] != SLOT_MAGIC or not _is_sound(page, _SLOT.size):
@@ -301,11 +303,11 @@ def check_slot(
         or found != generation
         or (slab, slot) != place
         or namespace != namespace_id
-        or length != len(payload)
+        or length != payload_bytes
         or drive != drive_id
     ):
         return IoStatus.OTHER_BLOCK, 0
-    if xxh3_64_intdigest(payload) != checksum:
+    if digest() != checksum:
         return IoStatus.BAD_PAYLOAD, 0
     return IoStatus.OK, checksum
 

@@ -3,7 +3,7 @@
 Threads and preadv rather than an asynchronous interface: it needs nothing of the kernel that a container may forbid,
 and from 256 KiB on it is as fast. Each direction has as many threads as its queue is deep, which do nothing but wait
 for the drive. Hashing and copying is the work of others, one fewer than there are cores: they give way to everybody
-else after each MiB or block, and the drive still has its next call at once. Threads that did both left it idle for
+else after each piece of a block, and the drive still has its next call at once. Threads that did both left it idle for
 a quarter of the time where cores are scarce, since a call that had ended waited for the hash of another. Where those
 who hash get no core at all, the drive's threads take over.
 
@@ -35,12 +35,10 @@ from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
 
-from xxhash import xxh3_64_intdigest
-
 from forebay.tiers.nvme_drive import SlotFile
 from forebay.tiers.nvme_format import PAGE, check_slot, pack_slot, slot_offset, slot_stride
 from forebay.tiers.nvme_jobs import LATENCY_BOUNDS_S, IoStatus, Latency, LoadJob, WriteJob
-from forebay.tiers.nvme_staging import STAGED_BYTES_MAX, Passage, Staged, Straight, blank, move
+from forebay.tiers.nvme_staging import PIECE_BYTES, STAGED_BYTES_MAX, Passage, Staged, Straight, blank, carry
 
 log = logging.getLogger(__name__)
 
@@ -53,8 +51,6 @@ OVERTAKEN_S = 0.05
 """How long a read that many others have overtaken holds back those after it."""
 LATE_S = 0.25
 """What has waited so long to be hashed is taken over; a tenth of it cost the writes of a busy machine 5 %."""
-_GIVE_WAY_BYTES = 1 << 20
-"""Hashed or copied before others have their turn, a tenth of a millisecond or so; a block is not cut up for that."""
 _OVERTAKING = 2
 """How many may overtake it, in queue depths."""
 _FAILURES_MAX = 3
@@ -469,7 +465,7 @@ class DriveIo:
         to 4 ms (EEVDF calls it not eligible, whatever the niceness of who is running).
         """
         self._worked_bytes += worked_bytes
-        if self._worked_bytes >= _GIVE_WAY_BYTES:
+        if self._worked_bytes >= PIECE_BYTES:
             self._worked_bytes = 0
             os.sched_yield()
 
@@ -589,22 +585,19 @@ class DriveIo:
             self._loaded(part)
 
     def _check(self, part: Part, at: int, passage: Passage, index: int) -> bool:
-        """Judge one block that was read, note it, and have it in its slot if it is right."""
+        """Judge one block that was read, note it, and have it in its slot."""
         work, block, slot = part.work, part.blocks[at], passage.slots[index]
         job = work.job
         status, checksum = check_slot(
             passage.pages[index],
-            slot[: job.payload_bytes],
+            job.payload_bytes,
             self._drive.drive_id,
             job.namespace_id,
             (part.slabs[at], job.slots[block]),
             job.hashes[block],
             job.generations[block],
+            partial(carry, job.views[block], slot, job.payload_bytes, to_drive=False, after_each=self._give_way),
         )
-        self._give_way(job.payload_bytes)
-        if status == IoStatus.OK:
-            move(job.views[block], slot)
-            self._give_way(job.payload_bytes)
         work.statuses[block] = status
         work.checksums[block] = checksum
         return status == IoStatus.OK
@@ -647,10 +640,9 @@ class DriveIo:
         work, block, page, slot = part.work, part.blocks[at], passage.pages[index], passage.slots[index]
         job = work.job
         assert isinstance(job, WriteJob)
-        move(slot, job.views[block], soon_read=True)
-        self._give_way(job.payload_bytes)
-        checksum = work.checksums[block] = xxh3_64_intdigest(slot[: job.payload_bytes])
-        self._give_way(job.payload_bytes)
+        checksum = work.checksums[block] = carry(
+            slot, job.views[block], job.payload_bytes, to_drive=True, after_each=self._give_way
+        )
         blank(page)
         pack_slot(
             page,

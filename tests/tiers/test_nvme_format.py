@@ -158,14 +158,15 @@ def test_other_version_is_named() -> None:
         decode_drive(bytes(page))
 
 
-def check(page: memoryview, **changed: object) -> IoStatus:
+def check(page: memoryview, payload: memoryview = PAYLOAD, **changed: object) -> IoStatus:
     wanted = {
-        "payload": PAYLOAD,
+        "payload_bytes": len(payload),
         "drive_id": DRIVE.drive_id,
         "namespace_id": NAMESPACE,
         "place": (1, 2),
         "hash_": HASH,
         "generation": GENERATION,
+        "digest": lambda: xxh3_64_intdigest(payload),
         **changed,
     }
     return check_slot(page, **wanted)[0]  # type: ignore[arg-type]

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 from tests.tiers.nvme_rig import (
-    PAYLOAD,
     SLAB,
     SLOT,
     WAIT_S,
@@ -317,11 +316,11 @@ def test_drive_goes_on_where_nobody_else_hashes(tmp_path: Path, monkeypatch: pyt
 def test_others_have_their_turn_after_so_many_bytes_hashed_or_copied(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[None] = []
     monkeypatch.setattr(os, "sched_yield", lambda: given.append(None))
-    monkeypatch.setattr(nvme_io, "_GIVE_WAY_BYTES", 3 * PAYLOAD)
+    monkeypatch.setattr(nvme_io, "PIECE_BYTES", 3 * SLOT)
     assert rig.write(range(6)) == [OK] * 6
-    assert len(given) == 4  # a copy and a hash each
+    assert len(given) == 2
     assert rig.load(range(6)) == [OK] * 6
-    assert len(given) == 8
+    assert len(given) == 4
 
 
 # --- failed writes ---

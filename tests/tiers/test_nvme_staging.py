@@ -7,9 +7,12 @@ import mmap
 import os
 
 import pytest
+import xxhash
 
 from forebay.tiers.nvme_format import PAGE
-from forebay.tiers.nvme_staging import STAGED_BYTES_MAX, Passage, Staged, Straight, blank, move
+from forebay.tiers.nvme_staging import PIECE_BYTES, STAGED_BYTES_MAX, Passage, Staged, Straight, blank, carry
+
+SIZES = [64 << 10, (64 << 10) + 1, PIECE_BYTES, PIECE_BYTES + 1, (1 << 20) + PAGE, (3 << 20) - 1]
 
 
 def slots_of(count: int, size: int) -> list[memoryview]:
@@ -21,6 +24,10 @@ def slots_of(count: int, size: int) -> list[memoryview]:
     return slots
 
 
+def ignore(size: int) -> None:
+    """Of a piece."""
+
+
 def image(passage: Passage) -> bytes:
     return b"".join(passage.buffers)
 
@@ -30,7 +37,7 @@ def test_call_is_pages_and_slots_by_turns(way: type[Straight]) -> None:
     slots = slots_of(3, 2 * PAGE)
     passage = way(4).open(slots)
     for index, slot in enumerate(slots):
-        move(passage.slots[index], slot)
+        carry(passage.slots[index], slot, len(slot), to_drive=True, after_each=ignore)
         passage.pages[index][:] = bytes([100 + index]) * PAGE
     expected = [bytes([100 + index]) * PAGE + bytes([index + 1]) * 2 * PAGE for index in range(3)]
     assert image(passage) == b"".join(expected)
@@ -49,18 +56,28 @@ def test_staged_call_leaves_the_slots_alone_until_they_are_moved() -> None:
     assert len(passage.buffers) == 1
     passage.buffers[0][:] = b"x" * len(passage.buffers[0])
     assert bytes(slots[1]) == b"\x02" * (128 << 10)
-    move(slots[1], passage.slots[1])
+    carry(slots[1], passage.slots[1], len(slots[1]), to_drive=False, after_each=ignore)
     assert (bytes(slots[0]), bytes(slots[1])) == (b"\x01" * (128 << 10), b"x" * (128 << 10))
 
 
-@pytest.mark.parametrize("soon_read", [False, True])
-@pytest.mark.parametrize("size", [64 << 10, (64 << 10) + 1, (1 << 20) + PAGE, (3 << 20) - 1])
-def test_move_is_of_all_bytes_whether_they_pass_the_cache_by_or_not(size: int, soon_read: bool) -> None:
+@pytest.mark.parametrize("to_drive", [False, True])
+@pytest.mark.parametrize("size", SIZES)
+def test_slot_is_carried_whole_and_its_payload_hashed_piece_by_piece(size: int, to_drive: bool) -> None:
+    payload_bytes = size - 100
     source = memoryview(bytearray(os.urandom(size)))
     around = memoryview(bytearray(b"\x55" * (size + 2)))
-    move(around[1:-1], source, soon_read=soon_read)
+    pieces: list[int] = []
+    checksum = carry(around[1:-1], source, payload_bytes, to_drive=to_drive, after_each=pieces.append)
+    assert checksum == xxhash.xxh3_64_intdigest(source[:payload_bytes])
     assert around[1:-1] == source
     assert (around[0], around[-1]) == (0x55, 0x55)
+    assert sum(pieces) == size
+    assert max(pieces) <= PIECE_BYTES
+
+
+def test_padding_of_more_than_a_piece_is_no_payload() -> None:
+    (slot,) = slots_of(1, 2 * PIECE_BYTES)
+    assert carry(slot, slot, 100, to_drive=False, after_each=ignore) == xxhash.xxh3_64_intdigest(slot[:100])
 
 
 def test_large_buffer_begins_with_a_huge_page() -> None:
