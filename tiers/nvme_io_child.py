@@ -156,7 +156,7 @@ class IoChild:
     def _ended(self, part: Part) -> None:
         """By any thread, once all blocks of a part have their status."""
         part_id = self._part_ids.pop(id(part))
-        with self._sending:
+        with self._sending, contextlib.suppress(BrokenPipeError, ConnectionResetError):  # `run` finds the daemon gone
             self._stream.sendall(pack_done(part_id, part, self._state()))
 
     def _state(self) -> State:
