@@ -26,7 +26,8 @@ STAGED_BYTES_MAX = 9 << 20
 """Larger calls, each of one block, go straight: up to 8 MiB it was measured to gain, and each way has a buffer."""
 PIECE_BYTES = 256 << 10 if len(os.sched_getaffinity(0)) <= 4 else 1 << 20
 """Hashed and copied in one go, before others have their turn: 0.03 ms where cores are so few that an answer from memory
-may have to wait for this one. Each piece costs two turns of the interpreter lock, which more cores contend for."""
+may have to wait for this one. Each piece costs two turns of the interpreter lock, which more cores contend for: theirs
+are larger for that, a choice that was not measured."""
 STREAMING = f"glibc.cpu.x86_non_temporal_threshold={PIECE_BYTES}"
 """For GLIBC_TUNABLES: copies of that size and more pass the caches by. Other libraries and machines ignore it."""
 _CACHED_BYTES = PIECE_BYTES // 2
