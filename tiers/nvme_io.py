@@ -585,7 +585,7 @@ class DriveIo:
             self._loaded(part)
 
     def _check(self, part: Part, at: int, passage: Passage, index: int) -> bool:
-        """Judge one block that was read, note it, and have it in its slot."""
+        """Judge one block that was read, note it, and have it in its slot, unless its header is not the right one."""
         work, block, slot = part.work, part.blocks[at], passage.slots[index]
         job = work.job
         status, checksum = check_slot(

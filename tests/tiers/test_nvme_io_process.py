@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +22,9 @@ from tests.tiers.nvme_rig import PAYLOAD, SLAB, SLOT, WAIT_S, Rig, content
 from forebay.kvstore.errors import Busy
 from forebay.tiers import nvme_io_child, nvme_io_process
 from forebay.tiers.files import OsFiles
-from forebay.tiers.nvme_drive import DATA_NAME, open_existing
+from forebay.tiers.nvme_drive import DATA_NAME, open_drive, open_existing
 from forebay.tiers.nvme_format import PAGE, slot_offset
-from forebay.tiers.nvme_io import buffer_bytes_max
+from forebay.tiers.nvme_io import Part, Work, buffer_bytes_max
 from forebay.tiers.nvme_io_process import IoProcess
 from forebay.tiers.nvme_jobs import IoStatus, LoadJob, WriteJob
 from forebay.tiers.nvme_staging import STREAMING
@@ -447,6 +450,29 @@ def test_process_ends_with_the_daemon_however_that_ends(tmp_path: Path) -> None:
         daemon.kill()
     eventually(lambda: not is_alive(pid), "the process outlives its daemon")
     open_existing(OsFiles(), tmp_path / "drive").close()
+
+
+def test_end_told_to_a_daemon_that_is_gone_is_no_error(tmp_path: Path) -> None:
+    """By a thread of the drive, before the process has seen it: a traceback in its log would be taken for a bug."""
+    stream, daemons = socket.socketpair()
+    told = argparse.Namespace(queue_depth=1, staged=False, nice=0)
+    with stream, closing(open_drive(OsFiles(), tmp_path / "drive", slab_bytes=SLAB, slabs=1)) as drive:
+        child = nvme_io_child.IoChild(stream, stream, drive, told)
+        job = LoadJob(
+            job_id=1,
+            slot_bytes=SLOT,
+            payload_bytes=PAYLOAD,
+            namespace_id=b"",
+            slabs=[],
+            slots=[],
+            hashes=[],
+            generations=[],
+        )
+        part = Part(Work(job), [], [])
+        child._part_ids[id(part)] = 1
+        daemons.close()
+        child._ended(part)
+        assert not child._part_ids
 
 
 @pytest.mark.parametrize("nice", [0, 12])
