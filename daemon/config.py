@@ -181,8 +181,9 @@ class NvmeConfig:
     io_nice: int = setting(
         "integer", 0, "nice steps",
         "How much less of a core hashing and copying in each drive's I/O process get than others (nice(1)) where cores "
-        "are scarce, beside giving way to them after each piece of a block, as they do in any case. It changes "
-        "nothing where a core is free. Where none ever is, 19 brings drives almost to a stop (0.04 GB/s, with 0 1.5).",
+        "are scarce, beside the whole process giving way to them as long as cores idle for a tenth of the time. It "
+        "changes nothing where a core is free. Where none ever is, 19 brings drives almost to a stop (0.04 GB/s, with "
+        "0 1.5).",
         low=0, high=19,
     )  # fmt: skip
     window_bytes: int = setting(

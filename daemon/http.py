@@ -25,6 +25,7 @@ from forebay.daemon import status
 from forebay.daemon.logging import fields
 from forebay.daemon.settings import Listen
 from forebay.daemon.status import DaemonSnapshot
+from forebay.transports.threads import BackgroundThread
 
 log = logging.getLogger(__name__)
 
@@ -117,7 +118,7 @@ class HttpServer:
             return
         self._socket = _bind(self._listen)
         self._pool = ThreadPoolExecutor(2, "forebay-http")
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._main()), name="forebay-http", daemon=True)
+        self._thread = BackgroundThread(lambda: asyncio.run(self._main()), name="forebay-http")
         self._thread.start()
         self._ready.wait(5.0)
         log.info("serving HTTP", extra=fields(address=self.address))

@@ -48,6 +48,7 @@ from forebay.tiers.nvme_format import (
 )
 from forebay.tiers.nvme_io import Errors, Part, WriteHealth, status_of
 from forebay.tiers.nvme_jobs import IoStatus, SlabOwner, WriteJob
+from forebay.transports.threads import BackgroundThread
 
 log = logging.getLogger(__name__)
 
@@ -315,7 +316,7 @@ class Committer:
         """Why the last transaction failed; empty when it did not."""
         self.records: int | None = None
         """Blocks in the index; None until it has been opened in this life."""
-        self._thread = threading.Thread(target=self._run, name=f"index-{drive.directory.name}", daemon=True)
+        self._thread = BackgroundThread(self._run, name=f"index-{drive.directory.name}")
 
     def start(self) -> None:
         self._thread.start()

@@ -2,10 +2,10 @@
 
 Threads and preadv rather than an asynchronous interface: it needs nothing of the kernel that a container may forbid,
 and from 256 KiB on it is as fast. Each direction has as many threads as its queue is deep, which do nothing but wait
-for the drive. Hashing and copying is the work of others, one fewer than there are cores: they give way to everybody
-else after each piece of a block, and the drive still has its next call at once. Threads that did both left it idle for
-a quarter of the time where cores are scarce, since a call that had ended waited for the hash of another. Where those
-who hash get no core at all, the drive's threads take over.
+for the drive. Hashing and copying is the work of others, one fewer than there are cores: they may give way to everybody
+else after each piece of a block (core_sharing.py), and the drive still has its next call at once. Threads that did both
+left it idle for a quarter of the time where cores are scarce, since a call that had ended waited for the hash of
+another. Where those who hash get no core at all, the drive's threads take over.
 
 Calls go straight from and into the host's slots, or through buffers (nvme_staging.py). Loads go first: while one waits,
 at most one write is under way, so that stores go on but never in a load's way. What a job has in adjacent slots is one
@@ -35,6 +35,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
 
+from forebay.tiers.core_sharing import CoreSharing
 from forebay.tiers.nvme_drive import SlotFile
 from forebay.tiers.nvme_format import PAGE, check_slot, pack_slot, slot_offset, slot_stride
 from forebay.tiers.nvme_jobs import LATENCY_BOUNDS_S, IoStatus, Latency, LoadJob, WriteJob
@@ -287,18 +288,18 @@ class DriveIo:
         loaded: Callable[[Part], None],
         written: Callable[[Part], None],
         is_staged: bool = False,
-        stand_back: Callable[[], None] = lambda: None,
+        sharing: CoreSharing | None = None,
     ) -> None:
         """`is_staged`: calls go through buffers (nvme_staging.py). `loaded` is called from a thread of ours when all
         blocks of a part have their status, `written` when all are in the file but perhaps not yet on the medium.
-        `stand_back` is called by each thread that hashes and copies, before it begins.
+        `sharing`: how the threads that hash and copy share their cores with others.
         """
         self._drive = drive
         self._health = health
         self._errors = errors
         self._loaded = loaded
         self._written = written
-        self._stand_back = stand_back
+        self._sharing = sharing or CoreSharing()
         # The lock guards all below, and `calls_left` of parts.
         self._lock = threading.Lock()
         self._load_ready = threading.Condition(self._lock)
@@ -409,7 +410,7 @@ class DriveIo:
     def _run(self, kind: str, next_step: Callable[[], _Step | None]) -> None:
         """A thread's life. Nothing of its last step is held while it waits for the next."""
         if kind == "work":
-            self._stand_back()
+            self._sharing.be_nice()
         while (step := next_step()) is not None:
             step()
             del step
@@ -459,15 +460,11 @@ class DriveIo:
                 self._work_ready.wait()
 
     def _give_way(self, worked_bytes: int) -> None:
-        """So many bytes were hashed or copied: once they are enough, whoever waits for this core has it.
-
-        The kernel alone lets one that has just run, as those in the way of an answer have, wait for its next tick: up
-        to 4 ms (EEVDF calls it not eligible, whatever the niceness of who is running).
-        """
+        """So many bytes were hashed or copied: once they are enough, whoever waits for this core has it."""
         self._worked_bytes += worked_bytes
         if self._worked_bytes >= PIECE_BYTES:
             self._worked_bytes = 0
-            os.sched_yield()
+            self._sharing.give_turn()
 
     def _is_late(self) -> bool:
         """Those who hash have not come for what waits for them."""

@@ -12,18 +12,16 @@ import argparse
 import contextlib
 import ctypes
 import os
-import platform
 import select
 import signal
 import socket
-import struct
 import sys
 import threading
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
+from forebay.tiers.core_sharing import CoreSharing
 from forebay.tiers.files import OsFiles
 from forebay.tiers.nvme_drive import SlotFile
 from forebay.tiers.nvme_io import DriveIo, Errors, Part, WriteHealth
@@ -43,10 +41,6 @@ STATE_S = 0.1
 """How often, while there is work, the daemon is told how things are."""
 _MEMORY_S = 10.0
 _PR_SET_PDEATHSIG = 1
-_SCHED_SETATTR = {"x86_64": 314, "aarch64": 274}
-_SCHED_ATTR = struct.Struct("=IIQiIQQQ")
-_SLICE_NS = 100_000
-"""The shortest there is."""
 
 
 class _Health(WriteHealth):
@@ -81,6 +75,7 @@ class IoChild:
         self._errors = _NewErrors()
         self._sending = threading.Lock()
         self._part_ids: dict[int, int] = {}
+        self._sharing = CoreSharing(told.nice)
         self._io = DriveIo(
             file,
             told.queue_depth,
@@ -89,11 +84,12 @@ class IoChild:
             loaded=self._ended,
             written=self._ended,
             is_staged=told.staged,
-            stand_back=partial(stand_back, told.nice),
+            sharing=self._sharing,
         )
 
     def run(self) -> None:
         """Serve until told to close, or until the daemon is gone."""
+        self._sharing.apply()
         self._io.start()
         frames = Frames()
         poll = select.poll()
@@ -112,6 +108,7 @@ class IoChild:
                         return
             if self._part_ids and time.monotonic() >= told_s + STATE_S:
                 told_s = time.monotonic()
+                self._sharing.review()
                 with self._sending:
                     self._stream.sendall(frame([Kind.STATE, self._state().packed()]))
 
@@ -176,23 +173,6 @@ def end_with_parent(parent: int) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:
         os._exit(0)
-
-
-def stand_back(nice: int) -> None:
-    """Let others have this thread's core soon: lookups, and the threads that keep the drive busy.
-
-    A batch task takes no core from one that runs, and one of short slices (sched_setattr(2), counts since Linux 6.12)
-    owes little for a turn it gives away (sched_yield(2)). `nice` beyond 0 takes more from it than its place in the
-    queue: where others keep every core busy a nice 19 read 0.04 GB/s, and one at their own niceness 1.5; SCHED_IDLE
-    would get still less. What the system refuses is left as it was.
-    """
-    nice = max(nice, os.getpriority(os.PRIO_PROCESS, 0))
-    with contextlib.suppress(OSError):
-        os.setpriority(os.PRIO_PROCESS, 0, nice)
-    number = _SCHED_SETATTR.get(platform.machine())
-    if number is not None:
-        attributes = _SCHED_ATTR.pack(_SCHED_ATTR.size, os.SCHED_BATCH, 0, nice, 0, _SLICE_NS, 0, 0)
-        ctypes.CDLL(None).syscall(number, 0, attributes, 0)
 
 
 def main(arguments: list[str]) -> None:

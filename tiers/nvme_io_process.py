@@ -31,6 +31,7 @@ from forebay.tiers.nvme_io import Errors, Meter, Part, WriteHealth, added
 from forebay.tiers.nvme_io_wire import Frames, Kind, State, frame, pack_part, send_memory, settle
 from forebay.tiers.nvme_jobs import IoStatus, WriteJob
 from forebay.tiers.nvme_staging import STREAMING
+from forebay.transports.threads import BackgroundThread
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +102,7 @@ class IoProcess:
         self._before = State()
         """What earlier processes have counted."""
         self._state = State()
-        self._thread = threading.Thread(target=self._listen_forever, name=f"io-{drive.directory.name}", daemon=True)
+        self._thread = BackgroundThread(self._listen_forever, name=f"io-{drive.directory.name}")
 
     @property
     def load_meters(self) -> Sequence[Meter]:

@@ -24,6 +24,7 @@ from forebay.tiers.nvme_jobs import RestoredBlock
 from forebay.tiers.nvme_reader import Assigned, IndexReader
 from forebay.tiers.nvme_scan import SlabFindings, scan_all, scan_slabs, scan_slots
 from forebay.tiers.nvme_walk import KEY_BYTES
+from forebay.transports.threads import BackgroundThread
 
 log = logging.getLogger(__name__)
 
@@ -80,8 +81,8 @@ class Restore:
         self.fraction = 0.0
         self.rebuilt = False
         name = drive.directory.name
-        self._thread = threading.Thread(target=self._run, name=f"restore-{name}", daemon=True)
-        self._worker = threading.Thread(target=self._work, name=f"restore-work-{name}", daemon=True)
+        self._thread = BackgroundThread(self._run, name=f"restore-{name}")
+        self._worker = BackgroundThread(self._work, name=f"restore-work-{name}")
 
     def start(self) -> None:
         self._expect()

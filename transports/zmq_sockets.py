@@ -18,7 +18,6 @@ import resource
 import select
 import socket
 import struct
-import threading
 import time
 from pathlib import Path
 
@@ -27,6 +26,7 @@ import zmq
 from forebay.kvstore.errors import Busy
 from forebay.transports import paths
 from forebay.transports.messages import MESSAGE_BYTES_MAX
+from forebay.transports.threads import BackgroundThread
 
 CONNECTIONS_MAX = 4096
 CONNECTIONS_MIN = 64
@@ -251,7 +251,7 @@ class _Bell:
         self._epoll = select.epoll()
         self._epoll.register(self._stop_fd, select.EPOLLIN)
         self._epoll.register(epoll_fd, select.EPOLLIN | select.EPOLLET)
-        self._thread = threading.Thread(target=self._run, name="forebay-bell", daemon=True)
+        self._thread = BackgroundThread(self._run, name="forebay-bell")
         self._thread.start()
 
     def close(self) -> None:

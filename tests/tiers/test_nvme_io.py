@@ -22,6 +22,7 @@ from tests.tiers.nvme_rig import (
 )
 
 from forebay.tiers import nvme_io
+from forebay.tiers.core_sharing import CoreSharing
 from forebay.tiers.nvme_drive import DATA_NAME
 from forebay.tiers.nvme_format import PAGE, slot_offset
 from forebay.tiers.nvme_io import (
@@ -296,12 +297,7 @@ def test_hashing_leaves_a_core_to_others(tmp_path: Path, monkeypatch: pytest.Mon
 def test_drive_goes_on_where_nobody_else_hashes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As where others keep every core busy: what stands back for them is never its turn."""
     turn = threading.Event()
-    begin = nvme_io.DriveIo.__init__
-
-    def without_workers(self: nvme_io.DriveIo, *arguments: Any, **options: Any) -> None:
-        begin(self, *arguments, **options, stand_back=lambda: turn.wait(WAIT_S))
-
-    monkeypatch.setattr(nvme_io.DriveIo, "__init__", without_workers)
+    monkeypatch.setattr(CoreSharing, "be_nice", lambda _: turn.wait(WAIT_S))
     rig = filled(tmp_path / "drive", 20)
     jobs = [rig.load_job([number]) for number in range(20)]
     for job in jobs:
