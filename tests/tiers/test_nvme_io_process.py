@@ -21,11 +21,13 @@ from tests.tiers.nvme_rig import PAYLOAD, SLAB, SLOT, WAIT_S, Rig, content
 
 from forebay.kvstore.errors import Busy
 from forebay.tiers import nvme_io_child, nvme_io_process
+from forebay.tiers.core_sharing import CoreSharing
 from forebay.tiers.files import OsFiles
 from forebay.tiers.nvme_drive import DATA_NAME, open_drive, open_existing
 from forebay.tiers.nvme_format import PAGE, slot_offset
 from forebay.tiers.nvme_io import Part, Work, buffer_bytes_max
 from forebay.tiers.nvme_io_process import IoProcess
+from forebay.tiers.nvme_io_wire import Kind, frame
 from forebay.tiers.nvme_jobs import IoStatus, LoadJob, WriteJob
 from forebay.tiers.nvme_staging import STREAMING
 from forebay.transports.shm import create_memfd, map_shared
@@ -473,6 +475,32 @@ def test_end_told_to_a_daemon_that_is_gone_is_no_error(tmp_path: Path) -> None:
         daemons.close()
         child._ended(part)
         assert not child._part_ids
+
+
+def test_cores_are_looked_at_while_there_is_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    applied, reviewed = threading.Event(), threading.Event()
+    monkeypatch.setattr(CoreSharing, "apply", lambda _: applied.set())
+    monkeypatch.setattr(CoreSharing, "review", lambda _: reviewed.set())
+    stream, daemons = socket.socketpair()
+    channel, others = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    told = argparse.Namespace(queue_depth=1, staged=False, nice=0)
+    with (
+        stream,
+        daemons,
+        channel,
+        others,
+        closing(open_drive(OsFiles(), tmp_path / "drive", slab_bytes=SLAB, slabs=1)) as drive,
+    ):
+        child = nvme_io_child.IoChild(stream, channel, drive, told)
+        child._part_ids[0] = 1
+        thread = threading.Thread(target=child.run, daemon=True)
+        thread.start()
+        told_of_work = reviewed.wait(WAIT_S)
+        daemons.sendall(frame([Kind.CLOSE, 0.0]))
+        thread.join(WAIT_S)
+        assert not thread.is_alive()
+    assert applied.is_set()
+    assert told_of_work
 
 
 @pytest.mark.parametrize("nice", [0, 12])
