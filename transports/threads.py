@@ -9,22 +9,17 @@ from collections.abc import Callable
 
 
 class BackgroundThread(threading.Thread):
-    """A daemon thread that takes no core from one that runs."""
+    """A daemon thread that, woken, waits for a core and takes none from one that runs (SCHED_BATCH, sched(7)).
+
+    So a request and its answer, which pass through six threads, are not held up by each piece of work that becomes
+    ready meanwhile; where a core is free nothing changes, and the share of a contended one stays the same. Threads and
+    processes that it starts are as it is. What the system refuses is left as it was.
+    """
 
     def __init__(self, target: Callable[..., object], *, name: str) -> None:
         super().__init__(target=target, name=name, daemon=True)
 
     def run(self) -> None:
-        stand_back()
+        with contextlib.suppress(OSError):
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
         super().run()
-
-
-def stand_back() -> None:
-    """Let the calling thread, and those it starts, be batch tasks: woken, they wait for a core (sched(7)).
-
-    So a request and its answer, which pass through six threads, are not held up by each piece of work that becomes
-    ready meanwhile; where a core is free nothing changes, and the share of a contended one stays the same. What the
-    system refuses is left as it was.
-    """
-    with contextlib.suppress(OSError):
-        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
