@@ -133,7 +133,7 @@ class AsyncLink:
         if reply is None:
             request = self._conversation.undo(payload)
             if request is not None:
-                self.post(request)
+                self._send_unasked(request)
             return
         if isinstance(reply[1], UnknownNamespace):
             self.attachment.handles.clear()
@@ -220,6 +220,12 @@ class AsyncLink:
         """Send a request whose reply nobody needs; False, without a word, when the session is known to be over."""
         if isinstance(request, ReleaseRequest) and self.attachment.loads.end(request.lease) and self.fault is None:
             self._wake()
+        sent = self._send_unasked(request)
+        self._drain()  # sending may have taken the signal of a reply, which then would show no more
+        return sent and self.fault is None
+
+    def _send_unasked(self, request: Request) -> bool:
+        """Send what nobody waits for; the caller drains afterwards."""
         if self.fault is None and not self._control.send(self._conversation.encode(request, expected=False)[1]):
             if not isinstance(request, ReleaseRequest):  # a lease ends by itself; slots come back with the session
                 self._fail(PeerLost("a request could not be sent"))
@@ -246,11 +252,7 @@ class AsyncLink:
         self._drain()
         try:
             failed = await self._copy(copy) if copy is not None else ()
-            async with asyncio.timeout(self._timeout_s):
-                return failed, [await future for future in futures]
-        except TimeoutError:
-            self._fail(Timeout(f"no answer within {self._timeout_s * 1000:.0f} ms"))
-            raise Timeout(f"no answer within {self._timeout_s * 1000:.0f} ms") from None
+            return failed, await self._answers(futures)
         except BaseException:  # a cancellation may strike after the reply was taken and before the task went on
             self._undo(futures)
             raise
@@ -260,6 +262,16 @@ class AsyncLink:
                 self._conversation.abandon(number)
                 if future.done() and not future.cancelled():
                     future.exception()  # several may carry the same fault; one was raised
+
+    async def _answers(self, futures: Sequence[asyncio.Future[Reply | ForebayError]]) -> list[Reply | ForebayError]:
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                return [await future for future in futures]
+        except TimeoutError:
+            if all(future.done() and not future.cancelled() for future in futures):
+                return [future.result() for future in futures]  # it was the loop that came late
+            self._fail(Timeout(f"no answer within {self._timeout_s * 1000:.0f} ms"))
+            raise Timeout(f"no answer within {self._timeout_s * 1000:.0f} ms") from None
 
     async def _copy(self, action: Copy) -> Sequence[int]:
         copy = self._copier.gather if action.to_slots else self._copier.scatter

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import select
 import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import pytest_asyncio
 
-from forebay.client import AsyncClient, FetchResult, NamespaceSpec, PrefixHasher
+from forebay.client import AsyncClient, FetchResult, LookupResult, Namespace, NamespaceSpec, PrefixHasher
 from forebay.client.copier import CopyPlan, NumpyCopier
 from forebay.transports.messages import Verb
 from support.fake_daemon import FakeDaemon
@@ -81,6 +82,20 @@ async def nothing_held(fake: FakeDaemon) -> bool:
     return True
 
 
+async def asked_and_answered(client: AsyncClient, fake: FakeDaemon, ns: Namespace) -> asyncio.Task[LookupResult]:
+    """A lookup whose reply lies at the socket, while the loop has not turned since."""
+    await in_thread(fake.run, lambda: setattr(fake, "hanging", True))
+    task = asyncio.create_task(client.lookup(ns, chain(1)))
+    await in_thread(lambda: None)
+    link = client._link
+    assert link is not None
+    assert link._waiting
+    fake.run(lambda: setattr(fake, "hanging", False))
+    assert select.select([link._control.fileno()], [], [], 10)[0]
+    threading.Event().wait(0.01)  # a millisecond after it last looked libzmq looks for replies on a send, too
+    return task
+
+
 @pytest.mark.asyncio
 async def test_many_tasks_share_one_session(client: AsyncClient, fake: FakeDaemon) -> None:
     ns = await client.open_namespace(SPEC)
@@ -94,6 +109,29 @@ async def test_many_tasks_share_one_session(client: AsyncClient, fake: FakeDaemo
     await asyncio.gather(*(work(seed) for seed in range(50)))
     assert client.stats().attachments == 1
     assert fake.sessions_seen == 1
+
+
+@pytest.mark.asyncio
+async def test_a_reply_that_came_while_a_lease_was_given_back_is_taken(client: AsyncClient, fake: FakeDaemon) -> None:
+    """Sending may take the signal of the reply off the socket's descriptor (libzmq, ZMQ_FD)."""
+    ns = await client.open_namespace(SPEC)
+    await client.store(ns, chain(1), payload(1))
+    lease = await client.acquire(ns, chain(1))
+    task = await asked_and_answered(client, fake, ns)
+    lease.release()
+    assert (await task).blocks == 6
+    assert client.stats().attachments == 1
+
+
+@pytest.mark.asyncio
+async def test_an_answer_counts_though_the_loop_was_held_up_beyond_the_timeout(fake: FakeDaemon) -> None:
+    async with AsyncClient(fake.runtime_dir, timeout_ms=200.0) as client:
+        ns = await client.open_namespace(SPEC)
+        await client.store(ns, chain(1), payload(1))
+        task = await asked_and_answered(client, fake, ns)
+        threading.Event().wait(0.3)
+        assert (await task).blocks == 6
+        assert client.stats().attachments == 1
 
 
 @pytest.mark.asyncio
