@@ -19,7 +19,7 @@ from forebay.bench.figures import GIB, MIB, Figure
 from forebay.bench.fio import Fio
 from forebay.bench.nvme import DEPTH, LARGE, nvme_settings
 from forebay.bench.plan import Plan, pinned
-from forebay.bench.processes import BenchError, Daemon, Worker, pause
+from forebay.bench.processes import BenchError, Daemon, Worker, pause, wait_until
 from forebay.bench.timing import each, percentile
 from forebay.client import Client, Namespace
 
@@ -30,10 +30,16 @@ FETCH_LAYOUT = PLAIN[2]
 COLD_BYTES = 32 * MIB
 COLD_CHAINS = 32
 STORED_BYTES = 16 * MIB
-CALLS = 1000
+CALLS = 300
+TURNS = 10
+"""Of each kind, by turns and short, so that the slow seconds of a shared machine fall on all kinds alike."""
+FIO_START_S = 1.0
+"""Until it reads."""
 PACE_S = 0.005
 """Between two calls: fewer than 200 a second. With one every millisecond caller and daemon alone take a core of two,
 and no core is ever halted: both p99s are then of a machine that is busy with lookups."""
+IDLE_S = 30
+_BUSY = ("loading", "storing", "queued_load_blocks", "queued_write_blocks", "index_queue")
 _PERCENTS = (50, 90, 95, 99, 99.9, 100)
 
 Call = Callable[[], None]
@@ -54,10 +60,11 @@ def host(plan: Plan) -> Iterator[Figure]:
             workers[0].ask("cold", layout=LARGE.name, chain_bytes=COLD_BYTES, chains=COLD_CHAINS)
             moved, took_s = [0, 0], 0.0
             with _fio(plan, client) as fio:
-                for _ in range(plan.pick(1, 3)):
+                for _ in range(plan.pick(3, TURNS)):
                     _measure(work, quiet)
                     if fio is not None:
                         with fio.beside("read", LARGE.block_bytes, DEPTH, plan.directory / "fio.log") as process:
+                            pause(FIO_START_S)
                             _measure(work, beside_fio)
                             process.check()
                     before, begun = _moved(client), time.monotonic()
@@ -69,6 +76,7 @@ def host(plan: Plan) -> Iterator[Figure]:
                         worker.hear()
                     took_s += time.monotonic() - begun
                     moved = [total + after - at for total, at, after in zip(moved, before, _moved(client))]
+                    wait_until(lambda: _is_idle(client), IDLE_S, "ending what the drive has under way")
             rates = [total / took_s / 1e9 for total in moved]
         finally:
             for worker in workers:
@@ -77,7 +85,7 @@ def host(plan: Plan) -> Iterator[Figure]:
 
 
 def _measure(work: dict[str, Call], times: Times) -> None:
-    """Calls enough for a 99th percentile, the first tenth thrown away."""
+    """One turn: the first tenth of its calls is thrown away."""
     for name, call in work.items():
         times[name] += _paced(call, CALLS + CALLS // 10)[CALLS // 10 :]
 
@@ -98,6 +106,13 @@ def _moved(client: Client) -> tuple[int, int]:
     """Bytes read from and written to the drive so far."""
     detail = client.status()["nvme"]
     return detail["read_bytes"], detail["written_bytes"]
+
+
+def _is_idle(client: Client) -> bool:
+    """Whether nothing is read or written, or waits to be."""
+    status = client.status()
+    drives = status["nvme"]["drives"]
+    return not status["store"]["movement"]["writes"] and not any(drive[name] for drive in drives for name in _BUSY)
 
 
 def _paced(call: Callable[[], None], calls: int) -> list[float]:
