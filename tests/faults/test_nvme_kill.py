@@ -23,12 +23,13 @@ from support.nvme_live import (
 )
 
 KILLS = 15
+DURABLE_MIN = 51
 NO_STRACE = why_no_strace()
 
 
 @pytest.mark.parametrize(("seed", "drives"), [(1, 1), (2, 2)], ids=["one drive", "two drives"])
 def test_nothing_durable_is_lost_and_nothing_is_wrong_after_kills(seed: int, drives: int) -> None:
-    result = KillLoop(seed, drives=drives).run(KILLS)
+    result = KillLoop(seed, drives=drives).run(KILLS, DURABLE_MIN)
     print(
         f"{result.kills} kills while {dict(result.killed_while)}, {result.indexes_lost} indexes deleted: "
         f"{result.durable} durable blocks, {result.verdict}, start to first answer p50 {result.start_ms_p50} ms"
@@ -36,7 +37,7 @@ def test_nothing_durable_is_lost_and_nothing_is_wrong_after_kills(seed: int, dri
     assert result.problems == []
     assert result.verdict.wrong == result.verdict.missing == 0
     assert result.verdict.served > 200
-    assert result.durable > 50
+    assert result.durable >= DURABLE_MIN
 
 
 @pytest.mark.skipif(bool(NO_STRACE), reason=NO_STRACE)
